@@ -1,0 +1,162 @@
+"""The one meeting place of engine and backends: the ModelRunner protocol. docs/contract.md tells its rules in prose.
+
+The executor drives a runner with `submit(plans) -> handle`, `collect(handle) -> results`: `submit` returns at once, so
+that step n + 1 is planned while step n runs and sampled tokens stay on the device. Steps are collected in the order in
+which they were submitted; at most `DeviceInfo.max_in_flight` are open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol
+
+from engine.errors import ConfigError
+from engine.specs.arch import ArchSpec
+from engine.specs.cache import CacheLayout
+from engine.step import U32, Event, I32, StepPlan, StepResult
+
+
+class Capability(Enum):
+    """What a runner can do beyond plain steps. Ask this, never hasattr."""
+
+    LATE_MASK = "late_mask"
+    MULTI_STEP = "multi_step"  # num_steps > 1
+    DRAFTS = "drafts"
+    DRAFT_TREE = "draft_tree"
+    STATE = "state"
+    CROSS = "cross"
+    TRANSFERS = "transfers"
+    PROMPT_LOGPROBS = "prompt_logprobs"
+    REPLICAS = "replicas"  # more than one plan a submit
+    POOLING = "pooling"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceInfo:
+    """What a runner found: asked before anything is configured."""
+
+    kind: str  # "cpu" | "gpu" | "tpu" | "fake"
+    name: str
+    num_devices: int = 1
+    memory_bytes: int  # of one device, total
+    free_bytes: int  # of one device, now
+    capabilities: frozenset[Capability]
+    max_in_flight: int = 2
+    page_tokens: int = 64  # the page size that this device's attention likes; a multiple of the unit
+    default_dtype: str = "float32"  # what --dtype auto means where the checkpoint says bfloat16 or float16
+    supported_dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    bucket_style: str = "pow2"  # "pow2": few, coarse shapes (compiled); "exact": any shape, no padding
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerLimits:
+    """Static sizes of the device sampling tables; the bounds table of engine/params.py keeps requests inside."""
+
+    max_logprobs: int = 20
+    max_logit_bias: int = 1024
+    max_stop_ids: int = 128
+    max_bad_words: int = 128  # token sequences a row
+    max_bad_word_len: int = 16  # tokens a sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where this runner process stands among its peers."""
+
+    process_index: int = 0
+    process_count: int = 1
+    coordinator: str | None = None
+    tensor_rank: int = 0
+    tensor_size: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerConfig:
+    """Everything a runner must know before weights are loaded."""
+
+    arch: ArchSpec
+    dtype: str  # of weights and activations
+    kv_dtype: str
+    max_slots: int  # rows of the persistent device tables; slots are [0, max_slots)
+    max_model_len: int
+    page_tokens: tuple[int, ...]  # per group, in the order of specs.cache groups
+    token_buckets: tuple[int, ...]  # T, ascending
+    row_buckets: tuple[int, ...]  # S, ascending
+    num_replicas: int = 1
+    max_in_flight: int = 2
+    sampler_limits: SamplerLimits = field(default_factory=SamplerLimits)
+    load_format: str = "auto"  # "auto" | "safetensors" | "orbax" | "dummy"
+    seed: int = 0  # of dummy weights
+    device: str = "auto"
+    num_threads: int = 0  # host threads a CPU backend may use, 0 = all
+
+
+class StepHandle(Protocol):
+    """What submit returns: opaque to the engine, hashable."""
+
+    @property
+    def step_id(self) -> int: ...
+
+
+Progress = Callable[[str, int, int], None]
+"""(phase, done, total): "weights" in bytes, "warm_up" in programs. Called from the runner's own thread."""
+
+
+class ModelRunner(Protocol):
+    """Executes StepPlans. Calls come in this order: describe, configure, load, allocate_cache, warm_up, then steps."""
+
+    def describe(self) -> DeviceInfo: ...
+
+    def configure(self, config: RunnerConfig, place: Placement) -> None: ...
+
+    def load(self, checkpoint: Path | None, progress: Progress | None = None) -> None:
+        """Read the weights (None with load_format "dummy"). Raises CheckpointError."""
+
+    def cache_budget_bytes(self) -> int:
+        """Device memory left for KV after weights and the largest step's workspace. Asked after load."""
+
+    def allocate_cache(self, layout: CacheLayout) -> None: ...
+
+    def warm_up(self, progress: Progress | None = None) -> None:
+        """Compile (or capture) every program of the configured buckets. No compile may happen after this."""
+
+    def num_compiles(self) -> int:
+        """Programs compiled so far; must not grow after warm_up."""
+
+    def submit(self, plans: Sequence[StepPlan]) -> StepHandle:
+        """Start one step (one plan per data replica) and return at once."""
+
+    def provide_mask(self, handle: StepHandle, rows: I32, bits: U32) -> None:
+        """Release the sampling of a step submitted with late_mask.
+
+        rows: i32 [n] row indexes of the plan that are masked; rows that are not named sample freely.
+        bits: u32 [n, ceil(V / 32)], bit v % 32 of word v // 32 set = id v is allowed.
+        """
+
+    def collect(self, handle: StepHandle) -> Sequence[StepResult]:
+        """Wait for a step; token ids are on the host afterwards. Raises StepFailed."""
+
+    def poll(self) -> list[Event]:
+        """Transfers that ended while no step ran."""
+
+    def shutdown(self) -> None: ...
+
+
+RUNNERS = {
+    "fake": "backends.fake",
+    "jax": "backends.jax.runner",
+    "torch": "backends.torch.runner",
+}
+
+
+def load_runner(name: str) -> ModelRunner:
+    """The runner of a backend. The only dynamic import of the engine besides installed entry points."""
+    if name not in RUNNERS:
+        raise ConfigError(f"--backend: {name!r} is not known; one of {', '.join(RUNNERS)} or auto")
+    module = import_module(RUNNERS[name])
+    runner: ModelRunner = module.Runner()
+    return runner
