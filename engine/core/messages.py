@@ -109,6 +109,8 @@ class CoreReady(msgspec.Struct, tag="ready", array_like=True):
     device: str
     dtype: str
     startup_s: dict[str, float]  # phase -> seconds
+    backend_reason: str = ""  # why this backend was chosen
+    notes: list[str] = []  # lines worth telling the user
 
 
 class CoreFailed(msgspec.Struct, tag="core_failed", array_like=True):

@@ -1,0 +1,51 @@
+# Two commands: `make serve` talks to you, `make test` checks everything.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+# one BLAS thread a worker: two workers share two cores
+TEST_ENV := OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile
+
+.PHONY: serve test test-all static engine parity kernels server clean
+
+serve: $(VENV)/.core
+	$(BIN)/twinfer serve $(ARGS)
+
+test: static engine parity kernels server
+
+test-all: test
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m slow tests
+
+static: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(PYTEST) tests/test_layers.py
+
+engine: $(VENV)/.test
+	$(PYTEST) -m "not slow" tests/engine --ignore tests/engine/entrypoints
+
+parity: $(VENV)/.test
+	$(PYTEST) -m "not slow" tests/models
+
+kernels: $(VENV)/.test
+	$(PYTEST) -m "not slow" tests/backends
+
+server: $(VENV)/.test
+	$(PYTEST) -m "not slow" tests/engine/entrypoints tests/e2e
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "twinfer needs Python 3.11 or newer: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: pyproject.toml $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.test: pyproject.toml tests/constraints.txt $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --constraint tests/constraints.txt --editable '.[test]'
+	touch $@ $(VENV)/.core
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

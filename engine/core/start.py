@@ -1,0 +1,141 @@
+"""From an EngineConfig to a running CoreLoop: describe, resolve, configure, load, plan the cache, allocate, warm up.
+
+Called by engine/core/process.py (own process) and by the in-process client. The one place that knows the order of the
+runner's life and times it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from engine.config import EngineConfig
+from engine.core.loop import CoreLoop
+from engine.core.messages import CoreReady
+from engine.executor.base import SameProcess
+from engine.resolve import Resolved, plan_cache, resolve
+from engine.runner import DeviceInfo, ModelRunner, Placement, Progress, load_runner
+from engine.scheduler.config import SchedulerConfig
+from engine.scheduler.scheduler import Scheduler
+from engine.specs.cache import CacheLayout
+from engine.specs.checkpoint import read_config
+from engine.specs.families import parse_config
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    name: str
+    reason: str
+
+
+def has_tpu() -> bool:
+    """A TPU VM shows its chips as /dev/accel* or /dev/vfio/* and has libtpu installed."""
+    chips = any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+    return chips and find_spec("libtpu") is not None
+
+
+def has_nvidia_gpu() -> bool:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible != "" and visible != "-1" and any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def choose_backend(requested: str, device: str) -> Backend:
+    """auto: TPU -> jax; NVIDIA GPU with torch -> torch; else jax. Looks without importing a framework."""
+    if requested != "auto":
+        return Backend(requested, "as asked")
+    if device in ("auto", "tpu") and has_tpu():
+        return Backend("jax", "a TPU was found")
+    if device in ("auto", "cuda", "gpu") and has_nvidia_gpu():
+        if find_spec("torch") is not None:
+            return Backend("torch", "an NVIDIA GPU and torch were found")
+        return Backend("jax", "an NVIDIA GPU was found, and torch is not installed")
+    return Backend("jax", "no accelerator was found" if device == "auto" else f"--device {device}")
+
+
+class Phases:
+    """Seconds spent in each start-up phase, in order."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    def done(self, name: str) -> None:
+        now = time.monotonic()
+        self.seconds[name] = now - self._since
+        self._since = now
+
+
+def start_core(
+    config: EngineConfig, model_path: Path, progress: Progress | None = None
+) -> tuple[CoreLoop, CoreReady]:
+    """Build everything and warm it up. Raises StartupError (one line, with the remedy)."""
+    phases = Phases()
+    arch = parse_config(read_config(model_path))
+    backend = choose_backend(config.backend, config.device)
+    runner = load_runner(backend.name)
+    phases.done("import")
+    device = runner.describe()
+    resolved = resolve(config, arch, device)
+    runner.configure(resolved.runner, Placement())
+    phases.done("configure")
+    runner.load(None if config.model.load_format == "dummy" else model_path, progress)
+    phases.done("load")
+    budget = kv_budget(config, device, runner)
+    layout, max_model_len, notes = plan_cache(config, resolved, budget)
+    runner.allocate_cache(layout)
+    phases.done("allocate")
+    runner.warm_up(progress)
+    phases.done("warm_up")
+    scheduler = Scheduler(scheduler_config(config, resolved, max_model_len), layout)
+    loop = CoreLoop(scheduler, SameProcess(runner), depth=resolved.runner.max_in_flight)
+    facts = ready(resolved, layout, device, max_model_len)
+    facts.backend, facts.backend_reason = backend.name, backend.reason
+    facts.notes = [*resolved.notes, *notes]
+    facts.startup_s = phases.seconds
+    return loop, facts
+
+
+def kv_budget(config: EngineConfig, device: DeviceInfo, runner: ModelRunner) -> int:
+    """Bytes for the KV pool: what is left, less the share of an accelerator that the user keeps back.
+
+    A CPU runner names a modest share of the host's memory by itself: the host is not the engine's alone.
+    """
+    left = runner.cache_budget_bytes()
+    if device.kind in ("gpu", "tpu"):
+        left -= int((1 - config.cache.gpu_memory_utilization) * device.memory_bytes)
+    return max(0, left)
+
+
+def scheduler_config(config: EngineConfig, resolved: Resolved, max_model_len: int) -> SchedulerConfig:
+    return SchedulerConfig(
+        max_num_seqs=resolved.max_num_seqs,
+        max_num_batched_tokens=resolved.max_num_batched_tokens,
+        max_model_len=max_model_len,
+        token_buckets=resolved.runner.token_buckets,
+        row_buckets=resolved.runner.row_buckets,
+        policy=config.schedule.scheduling_policy,
+        long_prefill_token_threshold=config.schedule.long_prefill_token_threshold,
+        enable_prefix_caching=config.cache.enable_prefix_caching,
+        max_in_flight=resolved.runner.max_in_flight,
+        vocab_size=resolved.runner.arch.vocab_size,
+        max_logprobs=resolved.runner.sampler_limits.max_logprobs,
+    )
+
+
+def ready(resolved: Resolved, layout: CacheLayout, device: DeviceInfo, max_model_len: int) -> CoreReady:
+    pages = min(pool.num_pages - 1 for pool in layout.pools)
+    return CoreReady(
+        max_model_len=max_model_len,
+        vocab_size=resolved.runner.arch.vocab_size,
+        num_pages=sum(pool.num_pages - 1 for pool in layout.pools),
+        page_tokens=layout.groups[0].page_tokens,
+        kv_tokens=pages * layout.groups[0].page_tokens,
+        max_logprobs=resolved.runner.sampler_limits.max_logprobs,
+        backend="",
+        device=device.name,
+        dtype=resolved.runner.dtype,
+        startup_s={},
+    )

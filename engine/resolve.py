@@ -1,0 +1,240 @@
+"""Every default and every cross-check, in one pure place: (EngineConfig, ArchSpec, DeviceInfo) -> Resolved.
+
+Called twice by engine/core/start.py: `resolve` before the weights are loaded (shapes, dtypes, buckets), `plan_cache`
+after it (page counts, from the bytes that the runner says are left). No I/O, no clock, no environment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.config import EngineConfig
+from engine.errors import ConfigError
+from engine.runner import DeviceInfo, RunnerConfig, SamplerLimits
+from engine.specs.arch import ArchSpec
+from engine.specs.cache import CacheLayout, GroupKind, GroupLayout, GroupSpec, PoolLayout, cache_groups
+
+UNIT_TOKENS = 16
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_SPELLINGS = {"half": "float16", "float": "float32"}
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """What the engine runs with, once the shapes are known. `notes` are lines worth telling the user."""
+
+    runner: RunnerConfig
+    groups: tuple[GroupSpec, ...]
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    max_model_len_given: bool
+    kv_bytes_per_token: int  # of all groups together, on one rank
+    notes: tuple[str, ...] = ()
+
+
+def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolved:
+    """Shapes, dtypes and buckets. Raises ConfigError naming the flag, the value and the remedy."""
+    refuse_unsupported(config)
+    dtype = resolve_dtype(config.model.dtype, arch, device)
+    kv_dtype = dtype if config.cache.kv_cache_dtype == "auto" else config.cache.kv_cache_dtype
+    if kv_dtype not in DTYPE_BYTES:
+        raise ConfigError(f"--kv-cache-dtype: {kv_dtype!r} is not supported; one of auto, {', '.join(DTYPE_BYTES)}")
+    max_model_len = resolve_model_len(config.model.max_model_len, arch)
+    seqs, batched = resolve_batch(config, device, max_model_len)
+    page = resolve_page(config.cache.block_size, device)
+    groups = cache_groups(arch)
+    row_buckets, token_buckets = resolve_buckets(device, seqs, batched)
+    runner = RunnerConfig(
+        arch=arch,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        max_slots=seqs,
+        max_model_len=max_model_len,
+        page_tokens=(page,) * len(groups),
+        token_buckets=token_buckets,
+        row_buckets=row_buckets,
+        max_in_flight=min(device.max_in_flight, 2) if config.schedule.async_scheduling else 1,
+        sampler_limits=SamplerLimits(max_logprobs=min(config.model.max_logprobs, arch.vocab_size)),
+        load_format=config.model.load_format,
+        seed=config.model.seed,
+        device=config.device,
+    )
+    return Resolved(
+        runner=runner,
+        groups=groups,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=batched,
+        max_model_len=max_model_len,
+        max_model_len_given=config.model.max_model_len is not None,
+        kv_bytes_per_token=sum(g.bytes_per_token(DTYPE_BYTES[kv_dtype]) for g in groups),
+    )
+
+
+def refuse_unsupported(config: EngineConfig) -> None:
+    """Options that are known by name and not built yet are refused, never ignored."""
+    parallel = config.parallel
+    for flag, value in (
+        ("--tensor-parallel-size", parallel.tensor_parallel_size),
+        ("--pipeline-parallel-size", parallel.pipeline_parallel_size),
+        ("--data-parallel-size", parallel.data_parallel_size),
+    ):
+        if value < 1:
+            raise ConfigError(f"{flag}: {value} is not accepted; expected an integer >= 1")
+        if value > 1:
+            raise ConfigError(f"{flag}: {value} is not supported yet; use 1 (one device serves one engine today)")
+    if config.model.trust_remote_code:
+        raise ConfigError("--trust-remote-code: refused; twinfer never runs code of a checkpoint. Leave it out")
+    if config.schedule.scheduling_policy not in ("fcfs", "priority"):
+        raise ConfigError(f"--scheduling-policy: {config.schedule.scheduling_policy!r} is not known; fcfs or priority")
+    if not 0 < config.cache.gpu_memory_utilization <= 1:
+        raise ConfigError(
+            f"--gpu-memory-utilization: {config.cache.gpu_memory_utilization} is not accepted; expected > 0 and <= 1"
+        )
+
+
+def resolve_dtype(name: str, arch: ArchSpec, device: DeviceInfo) -> str:
+    """auto: float32 checkpoints stay float32, half-precision ones take the device's own default."""
+    name = DTYPE_SPELLINGS.get(name, name)
+    if name == "auto":
+        name = "float32" if arch.checkpoint_dtype == "float32" else device.default_dtype
+    if name not in device.supported_dtypes:
+        accepted = ", ".join(("auto", *device.supported_dtypes))
+        raise ConfigError(f"--dtype: {name!r} is not supported on {device.name}; one of {accepted}")
+    return name
+
+
+def resolve_model_len(given: int | None, arch: ArchSpec) -> int:
+    """The model's own length, or a shorter one; a longer one is refused: positions would be out of training."""
+    if given is None:
+        return arch.max_position
+    if not 1 <= given <= arch.max_position:
+        raise ConfigError(
+            f"--max-model-len: {given} is not accepted; expected 1 .. {arch.max_position} (max_position_embeddings)"
+        )
+    return given
+
+
+def resolve_batch(config: EngineConfig, device: DeviceInfo, max_model_len: int) -> tuple[int, int]:
+    """(max_num_seqs, max_num_batched_tokens)."""
+    big = device.memory_bytes >= 70 * GIB
+    default_seqs, default_tokens = {
+        "cpu": (64, 1024),
+        "gpu": (1024, 8192) if big else (256, 2048),
+        "tpu": (256, 2048),
+    }.get(device.kind, (256, 2048))
+    seqs = config.schedule.max_num_seqs
+    if seqs is None:
+        seqs = default_seqs
+    if not 1 <= seqs <= 8192:
+        raise ConfigError(f"--max-num-seqs: {seqs} is not accepted; expected 1 .. 8192")
+    tokens = config.schedule.max_num_batched_tokens
+    if tokens is None:
+        tokens = max(seqs, min(default_tokens, max(max_model_len, 64)))
+    if tokens < seqs:
+        raise ConfigError(
+            f"--max-num-batched-tokens: {tokens} is less than --max-num-seqs {seqs}; a step must fit one token of each"
+        )
+    return seqs, tokens
+
+
+def resolve_page(block_size: int | None, device: DeviceInfo) -> int:
+    """Tokens a page: a multiple of the prefix-cache unit."""
+    page = device.page_tokens if block_size is None else block_size
+    if page < UNIT_TOKENS or page % UNIT_TOKENS:
+        raise ConfigError(f"--block-size: {page} is not accepted; expected a multiple of {UNIT_TOKENS}")
+    return page
+
+
+def resolve_buckets(device: DeviceInfo, seqs: int, batched: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(row buckets, token buckets), ascending; empty where the device takes any shape."""
+    if device.bucket_style == "exact":
+        return (), ()
+    rows = powers_to(1, seqs)
+    # decode steps have one token a row; beyond that, prefill chunks
+    tokens = tuple(sorted({*rows, *powers_to(64, batched)}))
+    return rows, tokens
+
+
+def powers_to(first: int, last: int) -> tuple[int, ...]:
+    """first, 2 * first, ... and `last` itself."""
+    values = []
+    while first < last:
+        values.append(first)
+        first *= 2
+    return (*values, last)
+
+
+def plan_cache(config: EngineConfig, resolved: Resolved, budget_bytes: int) -> tuple[CacheLayout, int, tuple[str, ...]]:
+    """(layout, max_model_len, notes): page counts from the bytes left for KV.
+
+    The length shrinks to what one request can hold when the user gave none. Raises ConfigError with the numbers
+    when even that is too little, or when the given length does not fit.
+    """
+    runner, groups = resolved.runner, resolved.groups
+    kv_bytes = DTYPE_BYTES[runner.kv_dtype]
+    pool_of, pools = share_pools(groups)
+    page = runner.page_tokens[0]
+    tokens = [tokens_per_sequence(g, resolved.max_model_len, resolved.max_num_batched_tokens, page) for g in groups]
+    page_bytes = [g.bytes_per_token(kv_bytes) * page for g in pools]
+    need = [0] * len(pools)  # pages of one sequence at full length
+    for i, count in enumerate(tokens):
+        need[pool_of[i]] += -(-count // page)
+    one_sequence = sum(n * b for n, b in zip(need, page_bytes, strict=True))
+    if config.cache.num_gpu_blocks_override is not None:
+        sequences = config.cache.num_gpu_blocks_override / max(need)
+    else:
+        given = config.cache.kv_cache_memory_bytes
+        budget = budget_bytes if given is None else given
+        sequences = (budget - sum(page_bytes)) / one_sequence
+        # more than this could never be in use, twice over for what the prefix cache keeps
+        sequences = min(sequences, 2.0 * resolved.max_num_seqs)
+    length, notes = resolved.max_model_len, []
+    if sequences < 1:
+        length = int(resolved.max_model_len * max(0.0, sequences)) // page * page
+        gib = max(0.0, sequences) * one_sequence / GIB
+        fits = f"{gib:.2f} GiB of KV cache hold {length} tokens, --max-model-len {resolved.max_model_len} needs {one_sequence / GIB:.2f} GiB"
+        if resolved.max_model_len_given or length < page:
+            raise ConfigError(f"{fits}; lower --max-model-len, or raise --gpu-memory-utilization or --kv-cache-memory-bytes")
+        notes.append(f"{fits}; the model length is {length}")
+    layout = CacheLayout(
+        groups=tuple(GroupLayout(spec=g, pool=pool_of[i], page_tokens=page) for i, g in enumerate(groups)),
+        pools=tuple(
+            PoolLayout(
+                num_pages=max(2, int(need[p] * sequences)) + 1,  # + 1: the null page
+                page_bytes=page_bytes[p],
+                num_layers=len(g.layers),
+                num_kv_heads=g.num_kv_heads,
+                head_size=g.head_size,
+                page_tokens=page,
+            )
+            for p, g in enumerate(pools)
+        ),
+        unit_tokens=UNIT_TOKENS,
+        kv_dtype=runner.kv_dtype,
+    )
+    return layout, length, tuple(notes)
+
+
+def share_pools(groups: tuple[GroupSpec, ...]) -> tuple[list[int], list[GroupSpec]]:
+    """(pool of each group, one group of each pool): groups whose pages have the same shape share a pool."""
+    shapes: list[tuple[int, int, int]] = []
+    pools: list[GroupSpec] = []
+    pool_of = []
+    for group in groups:
+        shape = (len(group.layers), group.num_kv_heads, group.head_size)
+        if shape not in shapes:
+            shapes.append(shape)
+            pools.append(group)
+        pool_of.append(shapes.index(shape))
+    return pool_of, pools
+
+
+def tokens_per_sequence(group: GroupSpec, max_model_len: int, chunk: int, page: int) -> int:
+    """Most tokens of one sequence that a group holds at once."""
+    if group.kind is GroupKind.WINDOW and group.window is not None:
+        # the window behind the chunk's first token, the chunk, and a page not yet free at each end
+        return min(max_model_len, group.window + chunk + 2 * page)
+    return max_model_len
