@@ -158,7 +158,8 @@ class SamplingParams:
     @property
     def uses_history(self) -> bool:
         """Whether the device needs the token history (penalties and bad words)."""
-        return bool(self.bad_words) or (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
+        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty)
+        return bool(self.bad_words) or penalties != (0, 0, 1)
 
     @property
     def is_greedy(self) -> bool:
@@ -187,7 +188,9 @@ def validate(params: SamplingParams) -> None:
     if params.stop and not params.detokenize:
         raise InvalidValue("stop: strings need detokenize=True; use stop_token_ids", param="stop")
     if params.allowed_token_ids is not None and not params.allowed_token_ids:
-        raise InvalidValue("allowed_token_ids: [] is not accepted; expected at least one id or null", param="allowed_token_ids")
+        raise InvalidValue(
+            "allowed_token_ids: [] is not accepted; expected at least one id or null", param="allowed_token_ids"
+        )
 
 
 UNBOUNDED = {"output_kind"}

@@ -195,9 +195,14 @@ def plan_cache(config: EngineConfig, resolved: Resolved, budget_bytes: int) -> t
     if sequences < 1:
         length = int(resolved.max_model_len * max(0.0, sequences)) // page * page
         gib = max(0.0, sequences) * one_sequence / GIB
-        fits = f"{gib:.2f} GiB of KV cache hold {length} tokens, --max-model-len {resolved.max_model_len} needs {one_sequence / GIB:.2f} GiB"
+        fits = (
+            f"{gib:.2f} GiB of KV cache hold {length} tokens, "
+            f"--max-model-len {resolved.max_model_len} needs {one_sequence / GIB:.2f} GiB"
+        )
         if resolved.max_model_len_given or length < page:
-            raise ConfigError(f"{fits}; lower --max-model-len, or raise --gpu-memory-utilization or --kv-cache-memory-bytes")
+            raise ConfigError(
+                f"{fits}; lower --max-model-len, or raise --gpu-memory-utilization or --kv-cache-memory-bytes"
+            )
         notes.append(f"{fits}; the model length is {length}")
     layout = CacheLayout(
         groups=tuple(GroupLayout(spec=g, pool=pool_of[i], page_tokens=page) for i, g in enumerate(groups)),

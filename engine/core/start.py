@@ -68,9 +68,7 @@ class Phases:
         self._since = now
 
 
-def start_core(
-    config: EngineConfig, model_path: Path, progress: Progress | None = None
-) -> tuple[CoreLoop, CoreReady]:
+def start_core(config: EngineConfig, model_path: Path, progress: Progress | None = None) -> tuple[CoreLoop, CoreReady]:
     """Build everything and warm it up. Raises StartupError (one line, with the remedy)."""
     phases = Phases()
     arch = parse_config(read_config(model_path))

@@ -1,0 +1,114 @@
+"""engine/resolve.py: defaults, page counts and refusals, all pure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from engine.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, ScheduleConfig
+from engine.errors import ConfigError
+from engine.resolve import GIB, plan_cache, powers_to, resolve
+from engine.runner import DeviceInfo
+from engine.specs.arch import ArchSpec, Attention, GatedFfn, LayerSpec, Norms, RopeSpec
+
+CPU = DeviceInfo(kind="cpu", name="cpu", memory_bytes=8 * GIB, free_bytes=8 * GIB, capabilities=frozenset())
+
+
+def arch(windows: tuple[int | None, ...] = (None, None), max_position: int = 2048) -> ArchSpec:
+    norms = Norms(eps=1e-6)
+    layers = tuple(
+        LayerSpec(
+            mixer=Attention(
+                num_heads=4,
+                num_kv_heads=2,
+                head_size=64,
+                scale=0.125,
+                rope=RopeSpec(rotary_size=64, max_position=max_position),
+                window=window,
+            ),
+            ffn=GatedFfn(size=512),
+            norms=norms,
+        )
+        for window in windows
+    )
+    return ArchSpec(
+        family="llama",
+        hidden_size=256,
+        vocab_size=1024,
+        layers=layers,
+        tied_embeddings=True,
+        max_position=max_position,
+        final_norm=norms,
+        checkpoint_dtype="bfloat16",
+    )
+
+
+def test_defaults_work_with_no_tuning() -> None:
+    resolved = resolve(EngineConfig(), arch(), CPU)
+    assert resolved.runner.dtype == "float32"
+    assert resolved.max_model_len == 2048
+    assert resolved.max_num_batched_tokens >= resolved.max_num_seqs
+    assert resolved.runner.row_buckets[-1] == resolved.max_num_seqs
+    assert resolved.runner.token_buckets[-1] == resolved.max_num_batched_tokens
+
+
+def test_exact_devices_have_no_buckets() -> None:
+    resolved = resolve(EngineConfig(), arch(), replace(CPU, bucket_style="exact"))
+    assert resolved.runner.row_buckets == resolved.runner.token_buckets == ()
+
+
+@pytest.mark.parametrize(("first", "last", "expected"), [(1, 8, (1, 2, 4, 8)), (1, 6, (1, 2, 4, 6)), (64, 32, (32,))])
+def test_powers(first: int, last: int, expected: tuple[int, ...]) -> None:
+    assert powers_to(first, last) == expected
+
+
+def test_pages_fill_the_budget_and_no_more() -> None:
+    config = EngineConfig()
+    resolved = resolve(config, arch(), CPU)
+    budget = 64 << 20
+    layout, length, notes = plan_cache(config, resolved, budget)
+    used = sum(p.num_pages * p.page_bytes for p in layout.pools)
+    assert 0.9 * budget < used <= budget
+    assert length == 2048 and notes == ()
+
+
+def test_equal_groups_share_a_pool_and_others_do_not() -> None:
+    config = EngineConfig()
+    equal, _, _ = plan_cache(config, resolve(config, arch((None, 128)), CPU), 64 << 20)
+    assert [g.pool for g in equal.groups] == [0, 0] and len(equal.pools) == 1
+    unequal, _, _ = plan_cache(config, resolve(config, arch((128, 128, None)), CPU), 64 << 20)
+    assert len(unequal.pools) == 2
+    assert sum(p.num_pages * p.page_bytes for p in unequal.pools) <= 64 << 20
+
+
+def test_a_short_budget_shrinks_the_length_only_when_none_was_given() -> None:
+    config = EngineConfig()
+    resolved = resolve(config, arch(), CPU)
+    layout, length, notes = plan_cache(config, resolved, 2 << 20)
+    assert 0 < length < 2048 and "--max-model-len" in notes[0]
+    assert (layout.pools[0].num_pages - 1) * layout.groups[0].page_tokens >= length
+    given = replace(config, model=ModelConfig(max_model_len=2048))
+    with pytest.raises(ConfigError, match="lower --max-model-len"):
+        plan_cache(given, resolve(given, arch(), CPU), 2 << 20)
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (EngineConfig(model=ModelConfig(dtype="int4")), "--dtype"),
+        (EngineConfig(model=ModelConfig(max_model_len=0)), "--max-model-len"),
+        (EngineConfig(model=ModelConfig(max_model_len=4096)), "--max-model-len"),
+        (EngineConfig(model=ModelConfig(trust_remote_code=True)), "--trust-remote-code"),
+        (EngineConfig(cache=CacheConfig(block_size=10)), "--block-size"),
+        (EngineConfig(cache=CacheConfig(gpu_memory_utilization=1.5)), "--gpu-memory-utilization"),
+        (EngineConfig(cache=CacheConfig(kv_cache_dtype="fp3")), "--kv-cache-dtype"),
+        (EngineConfig(schedule=ScheduleConfig(max_num_seqs=0)), "--max-num-seqs"),
+        (EngineConfig(schedule=ScheduleConfig(max_num_seqs=64, max_num_batched_tokens=8)), "--max-num-batched-tokens"),
+        (EngineConfig(schedule=ScheduleConfig(scheduling_policy="lifo")), "--scheduling-policy"),
+        (EngineConfig(parallel=ParallelConfig(tensor_parallel_size=2)), "--tensor-parallel-size"),
+    ],
+)
+def test_refusals_name_the_flag(config: EngineConfig, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        resolve(config, arch(), CPU)
