@@ -82,6 +82,22 @@ Ffn = GatedFfn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TensorNames:
+    """How the family's checkpoints spell tensor names; `weights.py` makes each parameter's sources from it.
+
+    prefixes: what may stand before "layers.0...", tried in this order.
+    heads: spellings of the output head.
+    fused: q, k, v are rows of one "qkv_proj" and gate, up of one "gate_up_proj" (Phi-3).
+    ignored: prefixes of tensors that belong to other parts of a composite model (a vision tower).
+    """
+
+    prefixes: tuple[str, ...] = ("model.", "")
+    heads: tuple[str, ...] = ("lm_head.weight",)
+    fused: bool = False
+    ignored: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSpec:
     mixer: Mixer
     ffn: Ffn
@@ -103,6 +119,7 @@ class ArchSpec:
     checkpoint_dtype: str  # "float32" | "bfloat16" | "float16", as config.json says
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    names: TensorNames = TensorNames()
 
     @property
     def runs(self) -> tuple[tuple[int, tuple[LayerSpec, ...], int], ...]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from engine.specs.arch import ArchSpec
+
 
 class GroupKind(Enum):
     FULL = "full"
@@ -62,3 +64,21 @@ class CacheLayout:
     pools: tuple[PoolLayout, ...]
     unit_tokens: int = 16  # tokens that one prefix key covers
     kv_dtype: str = "float32"
+
+
+def cache_groups(arch: ArchSpec) -> tuple[GroupSpec, ...]:
+    """Layers of `arch` that see the same tokens and hold K and V of one shape, in the order of their first layer."""
+    members: dict[tuple[int | None, int, int], list[int]] = {}
+    for index, layer in enumerate(arch.layers):
+        mixer = layer.mixer
+        members.setdefault((mixer.window, mixer.num_kv_heads, mixer.head_size), []).append(index)
+    return tuple(
+        GroupSpec(
+            kind=GroupKind.FULL if window is None else GroupKind.WINDOW,
+            layers=tuple(layers),
+            num_kv_heads=kv_heads,
+            head_size=head_size,
+            window=window,
+        )
+        for (window, kv_heads, head_size), layers in members.items()
+    )

@@ -1,0 +1,37 @@
+"""config.json -> ArchSpec. One parser of a few lines per family; the table below is all that the engine knows.
+
+A checkpoint's own code (`auto_map`) is never read. A model_type that is not in the table is refused with the list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from engine.errors import ConfigError
+from engine.specs.arch import ArchSpec
+from engine.specs.families import dense
+from engine.specs.families.fields import Fields
+
+PARSERS: dict[str, Callable[[Fields], ArchSpec]] = {
+    "llama": dense.parse_llama,
+    "mistral": dense.parse_mistral,
+    "qwen2": dense.parse_qwen2,
+    "qwen3": dense.parse_qwen3,
+    "gemma2": dense.parse_gemma2,
+    "gemma3_text": dense.parse_gemma3_text,
+    "gemma3": dense.parse_gemma3,
+    "phi3": dense.parse_phi3,
+}
+
+
+def parse_config(config: Mapping[str, Any]) -> ArchSpec:
+    """The architecture that a config.json describes. Raises ConfigError naming the field, its value and what is known."""
+    fields = Fields(config)
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in PARSERS:
+        fields.refuse("model_type", "one of " + ", ".join(sorted(PARSERS)))
+    try:
+        return PARSERS[model_type](fields)
+    except RecursionError:
+        raise ConfigError("config.json: nested too deeply") from None

@@ -1,0 +1,60 @@
+"""Which part of each parameter a tensor-parallel rank holds, as slices of the logical shape.
+
+Heads, KV heads, the ffn width and the vocabulary are split; everything else is whole on each rank. With more ranks than
+KV heads, ranks / heads neighbours hold the same head. The vocabulary is split in equal rows, rounded up, so that the
+last ranks may hold fewer (or no) rows: a backend pads them.
+"""
+
+from __future__ import annotations
+
+from engine.errors import ConfigError
+from engine.specs.arch import ArchSpec
+from engine.specs.weights import ParamSpec
+
+
+def check_parallel(arch: ArchSpec, tensor_size: int) -> None:
+    """Raise ConfigError unless every head and ffn of `arch` can be split over `tensor_size` ranks."""
+    if tensor_size < 1:
+        raise ConfigError(f"--tensor-parallel-size: {tensor_size} is not accepted; expected an integer >= 1")
+    for layer in arch.layers:
+        heads, kv_heads, ffn = layer.mixer.num_heads, layer.mixer.num_kv_heads, layer.ffn.size
+        for name, size in (("attention heads", heads), ("ffn columns", ffn)):
+            if size % tensor_size:
+                raise ConfigError(
+                    f"--tensor-parallel-size: {tensor_size} does not divide {size} {name}; expected a divisor"
+                )
+        if kv_heads % tensor_size and tensor_size % kv_heads:
+            raise ConfigError(
+                f"--tensor-parallel-size: {tensor_size} neither divides {kv_heads} KV heads nor is a multiple of them"
+            )
+
+
+def shard_slices(param: ParamSpec, tensor_size: int, tensor_rank: int) -> tuple[slice, ...]:
+    """The rows and columns of `param` that rank `tensor_rank` of `tensor_size` holds. Raises ConfigError."""
+    if not 0 <= tensor_rank < tensor_size:
+        raise ConfigError(f"tensor rank: {tensor_rank} is not accepted; expected 0 to {tensor_size - 1}")
+    return tuple(
+        shard_range(param, axis, size, tensor_size, tensor_rank)
+        for axis, size in zip(param.axes, param.shape, strict=True)
+    )
+
+
+def shard_range(param: ParamSpec, axis: str, size: int, ranks: int, rank: int) -> slice:
+    """One axis of one rank. Half-open; empty where a short vocabulary has run out."""
+    if axis == "vocab":
+        rows = -(-size // ranks)
+        return slice(min(rank * rows, size), min((rank + 1) * rows, size))
+    if axis not in ("heads", "kv_heads", "ffn"):
+        return slice(0, size)
+    units = size // param.granule
+    if axis == "kv_heads" and ranks > units and ranks % units == 0:
+        head = rank // (ranks // units)  # neighbours share a head
+        return slice(head * param.granule, (head + 1) * param.granule)
+    if units % ranks:
+        raise ConfigError(f"--tensor-parallel-size: {ranks} does not divide the {units} {axis} units of {param.name}")
+    width = units // ranks * param.granule
+    return slice(rank * width, (rank + 1) * width)
+
+
+def shard_shape(param: ParamSpec, tensor_size: int, tensor_rank: int) -> tuple[int, ...]:
+    return tuple(part.stop - part.start for part in shard_slices(param, tensor_size, tensor_rank))
