@@ -10,6 +10,9 @@ import msgspec
 
 from engine.params import SamplingParams
 
+MAX_FRAME_BYTES = 1 << 28
+"""Largest message either side accepts; a peer that sends more is cut off by the socket."""
+
 
 class AddRequest(msgspec.Struct, tag="add", array_like=True):
     """Begin a request. With params.n > 1 the core makes n sequences with keys key, key + 1, ... key + n - 1."""

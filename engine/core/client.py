@@ -1,0 +1,240 @@
+"""CoreClient: how a front end reaches an engine core. In this process, or in one of its own.
+
+`send` never blocks. `receive` gives the messages that have come, in order. When the core has gone, `send` and `receive`
+raise EngineDead, once every message that it still sent has been received. One thread may send while another receives.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import zmq
+
+from engine.config import EngineConfig
+from engine.core.launch import CoreChild, CoreLaunch
+from engine.core.messages import (
+    MAX_FRAME_BYTES,
+    CoreFailed,
+    CoreReady,
+    FromCore,
+    RequestFailed,
+    Shutdown,
+    StartupProgress,
+    ToCore,
+)
+from engine.core.process import BuildCore, Core
+from engine.errors import EngineDead, InvalidValue, RequestError, StartupError, check
+from engine.runner import Progress
+
+OnProgress = Callable[[StartupProgress], None]
+
+STOP_GRACE_S = 5.0
+MAX_DRAIN = 64  # messages a receive gives at most
+MAX_ENDPOINT_BYTES = 100  # sun_path of a UNIX socket takes 107
+
+
+class CoreClient(Protocol):
+    """One engine core, seen from the front end."""
+
+    def start(self, config: EngineConfig, model_path: Path, progress: OnProgress | None = None) -> CoreReady:
+        """Start the core and wait until it can take requests. Raises StartupError (one line)."""
+
+    def send(self, message: ToCore) -> None: ...
+
+    def receive(self, timeout_s: float | None) -> list[FromCore]:
+        """Messages that have come; waits at most `timeout_s` (None = for ever) for the first one."""
+
+    def close(self) -> None:
+        """Stop the core and free everything. May be called twice."""
+
+
+def build_in_process(config: EngineConfig, model_path: Path, progress: Progress) -> tuple[Core, CoreReady]:
+    from engine.core.start import start_core  # imported here: a ProcessClient's process has no use for the scheduler
+
+    return start_core(config, model_path, progress)
+
+
+class InProcessClient:
+    """The core in this process and thread: `receive` runs steps. For offline use; not thread-safe."""
+
+    def __init__(self, build: BuildCore = build_in_process) -> None:
+        self._build = build
+        self._core: Core | None = None
+        self._refused: list[FromCore] = []
+
+    def start(self, config: EngineConfig, model_path: Path, progress: OnProgress | None = None) -> CoreReady:
+        def report(phase: str, done: int, total: int) -> None:
+            if progress is not None:
+                progress(StartupProgress(phase, done, total))
+
+        self._core, ready = self._build(config, model_path, report)
+        return ready
+
+    def _running(self) -> Core:
+        if self._core is None:
+            raise EngineDead("the engine is closed")
+        return self._core
+
+    def send(self, message: ToCore) -> None:
+        core = self._running()
+        if isinstance(message, Shutdown):
+            self.close()
+            return
+        try:
+            core.handle(message)
+        except RequestError as error:
+            key = getattr(message, "key", None)
+            check(key is not None, "only AddRequest may be refused")
+            self._refused.append(RequestFailed(int(key or 0), error.code, str(error)))
+
+    def receive(self, timeout_s: float | None) -> list[FromCore]:
+        """Run steps until one gives messages, the core is idle, or `timeout_s` has passed (0: one step)."""
+        core = self._running()
+        messages, self._refused = self._refused, []
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while not messages:
+            messages = core.step()
+            if not core.has_work or (deadline is not None and time.monotonic() >= deadline):
+                break
+        return messages
+
+    def close(self) -> None:
+        core, self._core = self._core, None
+        if core is not None:
+            core.shutdown()
+
+
+class ProcessClient:
+    """The core in its own process, over ZeroMQ on UNIX sockets in a directory that only this user can enter."""
+
+    def __init__(self, module: str = "engine.core.process") -> None:
+        self._module = module
+        self._child: CoreChild | None = None
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(FromCore)
+        self._dead: str | None = None  # why, once it is known
+        self._close_lock = threading.Lock()
+        self._closed = False
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._child is None else self._child.pid
+
+    def start(self, config: EngineConfig, model_path: Path, progress: OnProgress | None = None) -> CoreReady:
+        self._folder = private_folder()
+        self._context = zmq.Context(io_threads=1)
+        self._outbox, to_core = self._bind(zmq.PUSH, "to_core")
+        self._inbox, from_core = self._bind(zmq.PULL, "from_core")
+        launch = CoreLaunch(config, str(model_path), to_core, from_core, os.getpid())
+        self._child = CoreChild(self._module, launch)
+        # also runs at interpreter exit
+        self._finalizer = weakref.finalize(self, abandon, self._child, self._folder)
+        self._poller = zmq.Poller()
+        self._poller.register(self._inbox, zmq.POLLIN)
+        self._poller.register(self._child.wake_fd, zmq.POLLIN)
+        try:
+            return self._wait_ready(progress)
+        except BaseException:
+            self.close(grace_s=0.5)
+            raise
+
+    def _bind(self, kind: int, name: str) -> tuple[zmq.Socket[bytes], str]:
+        socket = self._context.socket(kind)
+        socket.set_hwm(0)  # send never blocks; admission limits bound what is queued
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        socket.setsockopt(zmq.LINGER, 0)
+        path = self._folder / name
+        socket.bind(f"ipc://{path}")
+        path.chmod(stat.S_IRUSR | stat.S_IWUSR)
+        return socket, f"ipc://{path}"
+
+    def _wait_ready(self, progress: OnProgress | None) -> CoreReady:
+        while True:
+            try:
+                messages = self.receive(None)
+            except EngineDead as error:
+                raise StartupError(str(error)) from None
+            for message in messages:
+                if isinstance(message, CoreReady):
+                    return message
+                if isinstance(message, StartupProgress) and progress is not None:
+                    progress(message)
+
+    def send(self, message: ToCore) -> None:
+        if self._dead is not None or self._child is None:
+            raise EngineDead(self._dead or "the engine is not started")
+        frame = self._encoder.encode(message)
+        if len(frame) > MAX_FRAME_BYTES:
+            raise InvalidValue(f"prompt: the request of {len(frame)} bytes is too large; at most {MAX_FRAME_BYTES}")
+        self._outbox.send(frame)
+
+    def receive(self, timeout_s: float | None) -> list[FromCore]:
+        if self._dead is not None or self._child is None:
+            raise EngineDead(self._dead or "the engine is not started")
+        ready = dict(self._poller.poll(None if timeout_s is None else int(timeout_s * 1000)))
+        messages = self._drain()
+        if self._child.wake_fd in ready and not messages:
+            self._die(f"the engine core process ended: {self._child.describe_exit()}")
+        return messages
+
+    def _drain(self) -> list[FromCore]:
+        messages: list[FromCore] = []
+        while len(messages) < MAX_DRAIN:
+            try:
+                frame = self._inbox.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            message = self._decoder.decode(frame)
+            if isinstance(message, CoreFailed):
+                # what came before it still counts: this error is raised by the next receive
+                self._dead = message.message
+                if not messages:
+                    self._die(message.message)
+                break
+            messages.append(message)
+        return messages
+
+    def _die(self, reason: str) -> None:
+        self._dead = reason
+        raise EngineDead(reason)
+
+    def close(self, grace_s: float = STOP_GRACE_S) -> None:
+        """No other thread may be in `receive`."""
+        with self._close_lock:
+            if self._closed or self._child is None:
+                return
+            self._closed = True
+        if self._dead is None and self._child.exit_code is None:
+            self._outbox.send(self._encoder.encode(Shutdown()))
+        self._dead = self._dead or "the engine is closed"
+        self._finalizer.detach()
+        self._child.stop(grace_s)
+        self._inbox.close()
+        self._outbox.close()
+        self._context.term()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def private_folder() -> Path:
+    """A new directory with mode 0700, with a path short enough for UNIX sockets."""
+    folder = Path(tempfile.mkdtemp(prefix="twinfer-"))
+    if len(bytes(folder)) > MAX_ENDPOINT_BYTES - len("/from_core"):
+        folder.rmdir()
+        folder = Path(tempfile.mkdtemp(prefix="twinfer-", dir="/tmp"))  # noqa: S108  mkdtemp makes it ours, 0700
+    return folder
+
+
+def abandon(child: CoreChild, folder: Path) -> None:
+    """What is left to do when a client was dropped without close, or at interpreter exit."""
+    child.kill()
+    shutil.rmtree(folder, ignore_errors=True)

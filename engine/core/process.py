@@ -1,0 +1,247 @@
+"""The engine core in a process of its own: `python -m engine.core.process`, started by ProcessClient.
+
+Reads a CoreLaunch from stdin, starts the core, then turns two ZeroMQ sockets into CoreLoop calls. Polls without blocking
+while there is work, blocks when idle. Always true: a message that cannot be decoded or handled fails at most the request
+it names; the process ends on Shutdown, on SIGTERM once the work is done, or when its parent has gone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+import zmq
+
+from engine.config import EngineConfig
+from engine.core.launch import CoreLaunch, read_launch
+from engine.core.messages import (
+    MAX_FRAME_BYTES,
+    CoreFailed,
+    CoreReady,
+    FromCore,
+    RequestFailed,
+    Shutdown,
+    StartupProgress,
+    StepOutputs,
+    ToCore,
+)
+from engine.errors import RequestError, StartupError
+from engine.runner import Progress
+
+log = logging.getLogger("twinfer.core")
+
+IDLE_POLL_MS = 500  # how late a SIGTERM is noticed when idle
+SPIN_S = 20e-6  # a step shorter than this, without output, did nothing: do not spin on it
+LINGER_MS = 2000  # how long the last messages may take to leave
+ORPHAN_GRACE_S = 2.0
+PR_SET_PDEATHSIG = 1
+
+
+class Core(Protocol):
+    """What this process drives: CoreLoop, or a stand-in that answers messages in a test."""
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def handle(self, message: ToCore) -> None: ...
+
+    def step(self) -> list[FromCore]: ...
+
+    def shutdown(self) -> None: ...
+
+
+BuildCore = Callable[[EngineConfig, Path, Progress], tuple[Core, CoreReady]]
+
+
+class CoreProcess:
+    """Sockets and signals around one Core."""
+
+    def __init__(self, launch: CoreLaunch) -> None:
+        self.launch = launch
+        self._context = zmq.Context(io_threads=1)
+        self._inbox = self._connect(zmq.PULL, launch.to_core)
+        self._outbox = self._connect(zmq.PUSH, launch.from_core)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ToCore)
+        self._terms = 0  # SIGTERMs seen
+        self.stopping = False
+
+    def _connect(self, kind: int, endpoint: str) -> zmq.Socket[bytes]:
+        socket = self._context.socket(kind)
+        socket.set_hwm(0)  # the engine never blocks on a reader; messages are bounded by the requests alive
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        socket.setsockopt(zmq.LINGER, LINGER_MS)
+        socket.connect(endpoint)
+        return socket
+
+    def start(self, build: BuildCore) -> Core | None:
+        """Build the core, or tell the client in one line why not."""
+        try:
+            core, ready = build(self.launch.config, Path(self.launch.model_path), self._progress())
+        except StartupError as error:
+            self.send(CoreFailed(str(error)))
+            return None
+        except Exception as error:  # process top: the client is told, the log has the trace
+            log.exception("the engine core could not start")
+            self.send(CoreFailed(f"{type(error).__name__} while starting the engine core: {first_line(error)}"))
+            return None
+        gc.collect()
+        gc.freeze()  # what start-up made lives on: later collections skip it
+        self.send(ready)
+        return core
+
+    def _progress(self) -> Progress:
+        sent = 0.0
+
+        def report(phase: str, done: int, total: int) -> None:
+            nonlocal sent
+            now = time.monotonic()
+            if done >= total or now - sent > 0.05:
+                sent = now
+                self.send(StartupProgress(phase, done, total))
+
+        return report
+
+    def send(self, message: FromCore) -> None:
+        frame = self._encoder.encode(message)
+        if len(frame) <= MAX_FRAME_BYTES:
+            self._outbox.send(frame, copy=len(frame) < 1 << 16)
+            return
+        if isinstance(message, StepOutputs) and message.prompt_logprobs:
+            # only prompt logprobs can grow like this: fail their requests, keep everybody else's tokens
+            for key in message.prompt_logprobs:
+                self.send(RequestFailed(key, "too_large", "prompt_logprobs: the answer is too large to send"))
+            message.prompt_logprobs = None
+            self.send(message)
+
+    def on_sigterm(self, _signal: int, _frame: object) -> None:
+        self._terms += 1
+
+    def receive(self, core: Core, timeout_ms: int) -> bool:
+        """Handle every message that has come, wait at most `timeout_ms` for the first one; whether there was any."""
+        if not self._inbox.poll(timeout_ms):
+            return False
+        while not self.stopping:
+            try:
+                frame = self._inbox.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            self._handle(core, frame)
+        return True
+
+    def _handle(self, core: Core, frame: bytes) -> None:
+        try:
+            message = self._decoder.decode(frame)
+            if isinstance(message, Shutdown):
+                self.stopping = True
+            else:
+                core.handle(message)
+        except (msgspec.MsgspecError, RequestError) as error:
+            key = key_of(frame)
+            log.warning("a message was refused: %s", first_line(error))
+            if key is not None:
+                code = error.code if isinstance(error, RequestError) else "invalid_request"
+                self.send(RequestFailed(key, code, first_line(error)))
+
+    def serve(self, core: Core) -> None:
+        """Until told to stop: take messages, run a step, send what it gave."""
+        idle_step = False
+        while not self.stopping:
+            busy = core.has_work
+            if self._terms and (not busy or self._terms > 1):
+                return
+            received = self.receive(core, (1 if idle_step else 0) if busy else IDLE_POLL_MS)
+            if self.stopping or not (received or busy):
+                continue
+            begun = time.perf_counter()
+            outputs = core.step()
+            for message in outputs:
+                self.send(message)
+            idle_step = not outputs and time.perf_counter() - begun < SPIN_S
+
+    def close(self) -> None:
+        self._inbox.close()
+        self._outbox.close()
+        self._context.term()  # waits for LINGER_MS at most
+
+
+def key_of(frame: bytes) -> int | None:
+    """The request key of an AddRequest frame that could not be decoded as one."""
+    try:
+        match msgspec.msgpack.decode(frame):
+            case ["add", int(key), *_]:
+                return key
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        pass
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Ask Linux for SIGKILL when the parent's thread ends; elsewhere the end of stdin does it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent_pid:
+            os._exit(1)  # it ended before the call
+
+
+def watch_parent(process: CoreProcess) -> None:
+    """End when stdin ends: orderly if the loop is turning, at once if it is not."""
+    while os.read(0, 4096):
+        pass
+    process.stopping = True
+    time.sleep(ORPHAN_GRACE_S)
+    os._exit(1)
+
+
+def run(build: BuildCore) -> int:
+    """The life of the core's process; the exit code."""
+    launch = read_launch(0)
+    die_with_parent(launch.parent_pid)
+    os.dup2(2, 1)  # stdout belongs to the parent's program
+    process = CoreProcess(launch)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, process.on_sigterm)
+    threading.Thread(target=watch_parent, args=(process,), daemon=True).start()
+    core = process.start(build)
+    code = 0 if core is not None else 1
+    if core is not None:
+        try:
+            process.serve(core)
+        except Exception as error:  # process top: an invariant of the engine broke
+            log.exception("the engine core failed")
+            process.send(CoreFailed(f"{type(error).__name__} in the engine core: {first_line(error)}"))
+            code = 1
+        core.shutdown()
+    process.close()
+    return code
+
+
+def main() -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+
+    def build(config: EngineConfig, model_path: Path, progress: Progress) -> tuple[Core, CoreReady]:
+        from engine.core.start import start_core  # imported here so that a failing import is told to the client
+
+        return start_core(config, model_path, progress)
+
+    return run(build)
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # device runtimes' exit handlers are not ours to wait for
