@@ -1,12 +1,13 @@
 """Tiny random checkpoints of every family, written by transformers itself: the fixtures of model and loading tests.
 
 `write_checkpoint("gemma2", folder)` saves config.json, generation_config.json and model.safetensors. Weights are wide
-(initializer_range 0.25 and norms away from their start), so that attention, position and every norm matter: a test
+(initializer_range 0.2 and norms away from their start), so that attention, position and every norm matter: a test
 that ignores one of them fails. Equal calls of one process are copied, not built again.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import shutil
@@ -26,7 +27,7 @@ COMMON: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
-    "initializer_range": 0.25,
+    "initializer_range": 0.2,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
@@ -66,7 +67,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": 24}),
     "qwen2": ("Qwen2", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
-    "gemma2": ("Gemma2", {"head_dim": 32, "sliding_window": 24, "query_pre_attn_scalar": 24, "tie_word_embeddings": True}),
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 32, "sliding_window": 24, "query_pre_attn_scalar": 24, "tie_word_embeddings": True},
+    ),
     "gemma3": (
         "Gemma3",
         {
@@ -103,13 +107,10 @@ def write_checkpoint(
 
 @cache
 def session_folder() -> Path:
-    holder = tempfile.TemporaryDirectory(prefix="twinfer-checkpoints-")
-    contextlib.ExitStack().enter_context(holder)
-    _HOLDERS.append(holder)
-    return Path(holder.name)
-
-
-_HOLDERS: list[tempfile.TemporaryDirectory[str]] = []  # removed when the process ends
+    """Where this process builds its checkpoints; removed when it ends."""
+    folder = Path(tempfile.mkdtemp(prefix="twinfer-checkpoints-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @cache

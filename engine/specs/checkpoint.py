@@ -202,7 +202,7 @@ TIED_ROWS = 1024
 
 
 def check_tied_head(arch: ArchSpec, entries: dict[str, TensorEntry]) -> None:
-    """A head stored beside tied embeddings must equal them; transformers unties such a pair with a warning, we refuse."""
+    """A head stored beside tied embeddings must equal them (transformers only warns and unties the pair)."""
     if not arch.tied_embeddings:
         return
     embed = next(param for param in param_table(arch) if param.name == "embed")

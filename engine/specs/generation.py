@@ -9,9 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, InvalidValue
 from engine.params import BOUNDS, check_value
-from engine.errors import InvalidValue
 from engine.specs.arch import ArchSpec
 from engine.specs.checkpoint import read_json
 from engine.specs.families.fields import Fields
@@ -36,7 +35,8 @@ def read_generation_config(path: Path) -> dict[str, Any]:
 
 def stop_ids(path: Path, arch: ArchSpec) -> tuple[int, ...]:
     """Ids that end a generation: those of generation_config.json, else config.json's. Raises ConfigError."""
-    return Fields(read_generation_config(path), FILE_NAME).token_ids("eos_token_id", arch.vocab_size) or arch.eos_token_ids
+    fields = Fields(read_generation_config(path), FILE_NAME)
+    return fields.token_ids("eos_token_id", arch.vocab_size) or arch.eos_token_ids
 
 
 def generation_defaults(path: Path) -> dict[str, int | float]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from numpy.typing import NDArray
 
 from engine.errors import CheckpointError
 from engine.specs.weights import RawTensor
@@ -149,13 +148,13 @@ def read_tensor(
     row_bytes = (entry.stop - entry.start) // entry.shape[0] if entry.shape else entry.stop - entry.start
     at, stop = entry.start + start_row * row_bytes, entry.start + stop_row * row_bytes
     data = np.empty(shape, numpy_dtype)
-    view = memoryview(data.reshape(-1).view(np.uint8))  # u8 [bytes], the memory of `data`
+    view = data.reshape(-1).view(np.uint8)  # u8 [bytes], the memory of `data`
     try:
         fd = os.open(entry.file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         try:
             done = 0
             while at + done < stop:
-                got = os.preadv(fd, [view[done : done + READ_BYTES]], at + done)
+                got = os.preadv(fd, [view[done : done + READ_BYTES].data], at + done)
                 if got == 0:
                     refuse(entry.file, f"{entry.name}: the file ends at byte {at + done}, inside the tensor")
                 done += got

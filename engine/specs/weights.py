@@ -89,7 +89,9 @@ def param_table(arch: ArchSpec) -> tuple[ParamSpec, ...]:
     return tuple(table)
 
 
-def in_model(arch: ArchSpec, name: str, start: int | None = None, stop: int | None = None, rows: int | None = None) -> tuple[Source, ...]:
+def in_model(
+    arch: ArchSpec, name: str, start: int | None = None, stop: int | None = None, rows: int | None = None
+) -> tuple[Source, ...]:
     """One Source per prefix that the family's checkpoints may use."""
     return tuple(Source(name=prefix + name, start=start, stop=stop, rows=rows) for prefix in arch.names.prefixes)
 

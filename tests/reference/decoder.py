@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.specs.arch import ArchSpec, Attention, LayerSpec, Norms, RopeSpec
-from engine.specs.checkpoint import stream_params
+from engine.specs.checkpoint import read_config, stream_params
 from engine.specs.families import parse_config
-from engine.specs.checkpoint import read_config
 from engine.specs.rope import frequencies
 from engine.specs.weights import dummy_params, to_float32
 
@@ -45,7 +44,8 @@ def decode(arch: ArchSpec, params: Params, token_ids: NDArray[np.int_], max_mode
     length = len(token_ids) if max_model_len is None else max_model_len
     x = params["embed"][token_ids] * np.float32(arch.embedding_scale)  # [T, D]
     for index, layer in enumerate(arch.layers):
-        weights = {name.split(".", 2)[2]: value for name, value in params.items() if name.startswith(f"layers.{index}.")}
+        prefix = f"layers.{index}."
+        weights = {name[len(prefix) :]: value for name, value in params.items() if name.startswith(prefix)}
         x = decoder_layer(layer, weights, x, length)
     x = rms_norm(x, params["final_norm"], arch.final_norm)
     head = params["embed"] if arch.tied_embeddings else params["head"]

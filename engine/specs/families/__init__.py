@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.errors import ConfigError
 from engine.specs.arch import ArchSpec
-from engine.specs.families import dense
+from engine.specs.families import dense, gemma
 from engine.specs.families.fields import Fields
 
 PARSERS: dict[str, Callable[[Fields], ArchSpec]] = {
@@ -18,15 +18,15 @@ PARSERS: dict[str, Callable[[Fields], ArchSpec]] = {
     "mistral": dense.parse_mistral,
     "qwen2": dense.parse_qwen2,
     "qwen3": dense.parse_qwen3,
-    "gemma2": dense.parse_gemma2,
-    "gemma3_text": dense.parse_gemma3_text,
-    "gemma3": dense.parse_gemma3,
+    "gemma2": gemma.parse_gemma2,
+    "gemma3_text": gemma.parse_gemma3_text,
+    "gemma3": gemma.parse_gemma3,
     "phi3": dense.parse_phi3,
 }
 
 
 def parse_config(config: Mapping[str, Any]) -> ArchSpec:
-    """The architecture that a config.json describes. Raises ConfigError naming the field, its value and what is known."""
+    """The architecture that a config.json describes. Raises ConfigError naming the field and what is accepted."""
     fields = Fields(config)
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in PARSERS:

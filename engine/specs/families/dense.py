@@ -1,4 +1,4 @@
-"""Dense decoders: Llama, Mistral, Qwen 2 and 3, Gemma 2 and 3 (text), Phi-3 and Phi-4.
+"""Dense decoders: Llama, Mistral, Qwen 2 and 3, Phi-3 and Phi-4, and what all dense families share.
 
 Each `parse_*` reads what differs in its family and hands it to `decoder`. Defaults are those of transformers for keys
 that real configs leave out; sizes that every config states are required. Anything that would change the mathematics
@@ -8,8 +8,8 @@ and is not known to the family is refused by name.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, cast
+from dataclasses import dataclass, field, replace
+from typing import cast
 
 from engine.specs.arch import Activation, ArchSpec, Attention, GatedFfn, LayerSpec, Norms, RopeSpec, TensorNames
 from engine.specs.families.fields import Fields
@@ -92,8 +92,9 @@ def parse_shape(config: Fields, defaults: dict[str, int] | None = None) -> Shape
 
 
 def checkpoint_dtype(config: Fields) -> str:
-    """"dtype" (transformers 5) or "torch_dtype" (4); both must agree."""
-    new, old = (config.choice(name, DTYPES, "float32") if config.has(name) else None for name in ("dtype", "torch_dtype"))
+    """ "dtype" (transformers 5) or "torch_dtype" (4); both must agree."""
+    names = ("dtype", "torch_dtype")
+    new, old = (config.choice(name, DTYPES, "float32") if config.has(name) else None for name in names)
     if new and old and new != old:
         config.refuse("torch_dtype", f"the same as dtype = {new}")
     return new or old or "float32"
@@ -153,7 +154,7 @@ class Decoder:
     default_tied: bool = False
     embedding_scale: float = 1.0
     logit_cap: float | None = None
-    names: TensorNames = TensorNames()
+    names: TensorNames = field(default_factory=TensorNames)
 
 
 def build(config: Fields, parts: Decoder) -> ArchSpec:
@@ -315,138 +316,6 @@ def parse_qwen3(config: Fields) -> ArchSpec:
     )
 
 
-GEMMA3_SIZES = {
-    "hidden_size": 2304,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "num_hidden_layers": 26,
-    "intermediate_size": 9216,
-}
-
-
-def gemma_decoder(
-    config: Fields,
-    *,
-    family: Literal["gemma2", "gemma3"],
-    shape: Shape,
-    rope: RopeSpec,
-    window_rope: RopeSpec | None,
-    pattern: int,
-    caps: tuple[float | None, float | None],
-    names: TensorNames,
-) -> ArchSpec:
-    """Gemma 2 and 3: sandwich norms with weight + 1, scaled embeddings, windows in all but every `pattern`th layer.
-
-    caps: soft caps of the attention logits and of the output logits.
-    """
-    scalar = config.number("query_pre_attn_scalar", 256.0)
-    bias = config.boolean("attention_bias", False)
-    window = config.integer("sliding_window", 4096)
-    rule = ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(shape.num_layers)]
-    return build(
-        config,
-        Decoder(
-            family=family,
-            shape=shape,
-            attention=attention(
-                config,
-                shape,
-                rope,
-                scale=scalar**-0.5,
-                logit_cap=caps[0],
-                qk_norm=family == "gemma3",
-                qkv_bias=bias,
-                out_bias=bias,
-            ),
-            windows=layer_windows(config, shape.num_layers, window, rule),
-            window_rope=window_rope,
-            max_position=config.integer("max_position_embeddings", minimum=2),
-            activation=activation(config, "hidden_activation", "gelu_pytorch_tanh"),
-            norm_offset=1.0,
-            sandwich=True,
-            default_tied=True,
-            embedding_scale=shape.hidden_size**0.5,
-            logit_cap=caps[1],
-            names=names,
-        ),
-    )
-
-
-def soft_cap(config: Fields, name: str, default: float | None) -> float | None:
-    """An explicit null switches a cap off; an absent key means the family's default."""
-    return config.optional_number(name) if name in config.values else default
-
-
-def parse_gemma2(config: Fields) -> ArchSpec:
-    """Gemma 2: alternating windows and two soft caps."""
-    check_common(config, "Gemma2ForCausalLM")
-    config.neutral("mlp_bias", (False,), "this model_type has no such bias")
-    shape = parse_shape(config, {"head_dim": 256})
-    return gemma_decoder(
-        config,
-        family="gemma2",
-        shape=shape,
-        rope=parse_rope(config, head_size=shape.head_size),
-        window_rope=None,
-        pattern=2,
-        caps=(soft_cap(config, "attn_logit_softcapping", 50.0), soft_cap(config, "final_logit_softcapping", 30.0)),
-        names=TensorNames(),
-    )
-
-
-def parse_gemma3_text(config: Fields) -> ArchSpec:
-    """Gemma 3, text only (the 1B, or any size saved as Gemma3ForCausalLM)."""
-    check_common(config, "Gemma3ForCausalLM")
-    return gemma3(config, TensorNames())
-
-
-def parse_gemma3(config: Fields) -> ArchSpec:
-    """The text part of a Gemma 3 with vision: its tensors for images are left in the file."""
-    check_common(config, "Gemma3ForConditionalGeneration")
-    text = config.table("text_config")
-    if text is None:
-        config.refuse("text_config", "an object")
-    inherited = ("dtype", "torch_dtype", "eos_token_id", "bos_token_id", "tie_word_embeddings")
-    outer = {key: config.values[key] for key in inherited if config.has(key)}
-    merged = Fields({**text.values, **outer}, text.where)
-    check_common(merged, "Gemma3ForCausalLM")
-    names = TensorNames(
-        prefixes=("model.language_model.", "language_model.model."),
-        heads=("lm_head.weight", "language_model.lm_head.weight"),
-        ignored=("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
-    )
-    return gemma3(merged, names)
-
-
-def gemma3(config: Fields, names: TensorNames) -> ArchSpec:
-    config.neutral("attn_logit_softcapping", (), "Gemma 3 has no cap on attention logits")
-    config.neutral("mlp_bias", (False,), "this model_type has no such bias")
-    shape = parse_shape(config, {**GEMMA3_SIZES, "vocab_size": 262208})
-    positions = Fields({"max_position_embeddings": 131072, **config.values}, config.where)
-    nested = config.table("rope_parameters")
-    if nested is not None and nested.values and not {"full_attention", "sliding_attention"} & set(nested.values):
-        config.refuse("rope_parameters", "an object with full_attention and sliding_attention")
-    rope = parse_rope(positions, head_size=shape.head_size, default_theta=1_000_000.0)
-    local_theta = config.number("rope_local_base_freq", 10_000.0)
-    if nested is not None and nested.values:
-        local = parse_rope(
-            positions, head_size=shape.head_size, layer_type="sliding_attention", default_theta=local_theta
-        )
-    else:
-        local = RopeSpec(theta=local_theta, rotary_size=shape.head_size, max_position=rope.max_position)
-    return gemma_decoder(
-        positions,
-        family="gemma3",
-        shape=shape,
-        rope=rope,
-        window_rope=local,
-        pattern=config.integer("sliding_window_pattern", config.integer("_sliding_window_pattern", 6)),
-        caps=(None, config.optional_number("final_logit_softcapping")),
-        names=names,
-    )
-
-
 def parse_phi3(config: Fields) -> ArchSpec:
     """Phi-3, 3.5 (mini) and Phi-4: fused projections, partial rotary, longrope, a window in every layer if any."""
     check_common(config, "Phi3ForCausalLM")
@@ -455,7 +324,8 @@ def parse_phi3(config: Fields) -> ArchSpec:
     shape = parse_shape(config)
     rope = parse_rope(config, head_size=shape.head_size, partial=True, default_original=4096)
     if rope.kind not in ("default", "longrope"):
-        config.refuse("rope_scaling" if config.has("rope_scaling") else "rope_parameters", "the type longrope or default")
+        name = "rope_scaling" if config.has("rope_scaling") else "rope_parameters"
+        config.refuse(name, "the type longrope or default")
     window = config.optional_integer("sliding_window")
     every = ["full_attention" if window is None else "sliding_attention"] * shape.num_layers
     return build(

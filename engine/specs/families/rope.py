@@ -12,7 +12,8 @@ from typing import get_args
 from engine.specs.arch import RopeKind, RopeSpec
 from engine.specs.families.fields import Fields
 
-COMMON_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "finetuned"}
+COMMON_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+COMMON_KEYS |= {"finetuned"}  # says how a yarn model was made
 KIND_KEYS: dict[str, set[str]] = {
     "default": {"factor"},
     "linear": {"factor"},
@@ -49,9 +50,7 @@ def parse_rope(
     rotary_size = int(head_size * share)
     if rotary_size < 2 or rotary_size % 2:
         holder = params if params.has("partial_rotary_factor") else config
-        holder.refuse(
-            "partial_rotary_factor" if share != 1 else "head_dim", f"an even rotary size, got {rotary_size}"
-        )
+        holder.refuse("partial_rotary_factor" if share != 1 else "head_dim", f"an even rotary size, got {rotary_size}")
     return rope_spec(config, params, rotary_size, theta or top_theta or default_theta, default_original)
 
 
@@ -84,9 +83,7 @@ def rope_kind(params: Fields) -> str:
     return ALIASES.get(kind, kind)
 
 
-def rope_spec(
-    config: Fields, params: Fields, rotary_size: int, theta: float, default_original: int | None
-) -> RopeSpec:
+def rope_spec(config: Fields, params: Fields, rotary_size: int, theta: float, default_original: int | None) -> RopeSpec:
     kind = rope_kind(params)
     for key in params.values:
         if key not in COMMON_KEYS | KIND_KEYS[kind] and params.has(key):
