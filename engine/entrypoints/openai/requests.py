@@ -37,6 +37,7 @@ class GenerationRequest:
     continuous_usage: bool
     echo: bool
     return_token_ids: bool
+    wants_prompt_logprobs: bool  # asked for by name, not only needed by echo
     tokens_as_ids: bool  # logprobs show tokens as "token_id:7"
     priority: int
     cache_salt: str | None
@@ -132,6 +133,7 @@ def read_shared(
         "continuous_usage": options.get("continuous_usage_stats", False),
         "echo": given.get("echo", False),
         "return_token_ids": given.get("return_token_ids", False),
+        "wants_prompt_logprobs": params.prompt_logprobs is not None,
         "tokens_as_ids": given.get("return_tokens_as_token_ids", False),
         "priority": given.get("priority", 0),
         "cache_salt": given.get("cache_salt"),
