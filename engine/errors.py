@@ -94,3 +94,8 @@ def check(condition: object, message: str) -> None:
 
 def fail(message: str) -> NoReturn:
     raise InternalError(message)
+
+
+def one_line(text: str, limit: int = 500) -> str:
+    """`text` fit for a log: cut at `limit`, control characters escaped. For names that come out of untrusted files."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:limit])

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import CheckpointError
 from engine.specs.arch import ArchSpec
 from engine.specs.safetensors import (
     FLOATS,
@@ -143,7 +142,8 @@ def pick_source(path: Path, param: ParamSpec, entries: dict[str, TensorEntry]) -
     for source in param.sources:
         if source.name in entries:
             return source, entries[source.name]
-    raise CheckpointError(f"{path}: {param.sources[0].name}: missing, no safetensors file has it")
+    files = sorted({entry.file for entry in entries.values()})
+    refuse(files[0] if len(files) == 1 else path / INDEX_NAME, f"{param.sources[0].name}: missing")
 
 
 def check_entry(param: ParamSpec, source: Source, entry: TensorEntry, arch: ArchSpec) -> Assignment:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, one_line
 from engine.specs.weights import RawTensor
 
 MAX_HEADER_BYTES = 100_000_000
@@ -44,7 +44,7 @@ class TensorEntry:
 
 
 def refuse(file: Path, message: str) -> NoReturn:
-    raise CheckpointError(f"{file}: {message}")
+    raise CheckpointError(f"{file}: {one_line(message)}")
 
 
 def no_duplicates(file: Path) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:

@@ -51,6 +51,8 @@ FOREIGN_KEYS: dict[str, tuple[object, ...]] = {
     "alibi": (False,),
     "parallel_attn": (False,),
     "num_nextn_predict_layers": (0,),
+    "lm_head_bias": (False,),
+    "full_attn_mod": (1,),
 }
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, one_line
 
 
 class Fields:
@@ -25,7 +25,7 @@ class Fields:
         if len(shown) > 120:
             shown = shown[:117] + "..."
         given = f"{shown} is not accepted" if name in self.values else "is missing"
-        raise ConfigError(f"{self.where}: {name}: {given}; expected {accepted}")
+        raise ConfigError(one_line(f"{self.where}: {name}: {given}; expected {accepted}", 1000))
 
     def has(self, name: str) -> bool:
         """Present and not null."""
