@@ -1,4 +1,4 @@
-"""The FastAPI application: `create_app(engine, settings, ...)`. Routes get what they need as a Serving, never a global."""
+"""The FastAPI application: `create_app(engine, settings, ...)`. Routes get a Serving, never a global."""
 
 from __future__ import annotations
 

@@ -52,9 +52,12 @@ class Chunks:
             parts += [b',"finish_reason":', orjson.dumps(completion.finish_reason)]
             parts += [b',"stop_reason":', orjson.dumps(completion.stop_reason)]
         if self._request.return_token_ids:
-            parts += [b',"token_ids":', orjson.dumps(list(completion.token_ids))]
+            parts += [b',"token_ids":', orjson.dumps(self.shown_ids(completion))]
         parts.append(b"}")
         return b"".join(parts)
+
+    def shown_ids(self, completion: Completion) -> list[int]:
+        return list(completion.token_ids)
 
     def worth_sending(self, completion: Completion) -> bool:
         """A delta without text (half a character, text held back for a stop string) waits, unless it carries more."""
@@ -123,6 +126,8 @@ class CompletionChunks(Chunks):
     def events(self, prompt_idx: int, output: Output) -> bytes:
         """The events of one DELTA output; b"" when there is nothing to say."""
         self.usage.add(prompt_idx, output)
+        if self._completion.only_echo:
+            self.usage.completion = 0
         n = self._completion.params.n
         return b"".join(self._event(prompt_idx * n + c.index, c, output) for c in output.outputs)
 
@@ -146,6 +151,9 @@ class CompletionChunks(Chunks):
         taken = logprobs.take() if logprobs is not None else None
         payload = b'"text":' + orjson.dumps(text) + extra
         return self.chunk(self.choice(index, payload, completion, taken))
+
+    def shown_ids(self, completion: Completion) -> list[int]:
+        return [] if self._completion.only_echo else super().shown_ids(completion)
 
     def _prompt_extras(self, output: Output) -> bytes:
         extra = b""
