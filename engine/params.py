@@ -146,8 +146,10 @@ class SamplingParams:
             self.stop = []
         elif isinstance(self.stop, str):
             self.stop = [self.stop]
-        self.stop_token_ids = list(self.stop_token_ids or ())
-        self.bad_words = list(self.bad_words or ())
+        if self.stop_token_ids is None:
+            self.stop_token_ids = []
+        if self.bad_words is None:
+            self.bad_words = []
         if self.logit_bias is not None and isinstance(self.logit_bias, dict):
             try:
                 self.logit_bias = {int(k): v for k, v in self.logit_bias.items()}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.entrypoints.engine_client import Completion, Output
+from engine.entrypoints.engine_client import Completion, Output, PositionLogprobs
 from engine.entrypoints.openai.logprobs import CompletionLogprobs, chat_logprobs, prompt_logprobs_json
 from engine.entrypoints.openai.requests import ChatRequest, CompletionRequest, GenerationRequest
 
@@ -114,7 +114,7 @@ def completion_answer(
             logprobs = None
             if request.params.logprobs is not None:
                 logprobs = CompletionLogprobs(request.params.logprobs, request.tokens_as_ids)
-                add_echo_logprobs(logprobs, request, output, decode)
+                add_echo_logprobs(logprobs, request, output, output.prompt_logprobs, decode)
                 if not request.only_echo:
                     logprobs.add(completion.token_ids, completion.logprobs or ())
             choice = {
@@ -142,7 +142,14 @@ def echo_text(request: CompletionRequest, output: Output, decode: Decode) -> str
     return decode(output.prompt_token_ids or ()) if request.echo else ""
 
 
-def add_echo_logprobs(logprobs: CompletionLogprobs, request: CompletionRequest, output: Output, decode: Decode) -> None:
-    if request.echo and output.prompt_logprobs is not None:
+def add_echo_logprobs(
+    logprobs: CompletionLogprobs,
+    request: CompletionRequest,
+    output: Output,
+    positions: Sequence[PositionLogprobs | None] | None,
+    decode: Decode,
+) -> None:
+    """The prompt's tokens first. positions: the prompt logprobs, None when there are none."""
+    if request.echo and positions is not None:
         ids = output.prompt_token_ids or ()
-        logprobs.add(ids, output.prompt_logprobs, first=decode(ids[:1]))
+        logprobs.add(ids, positions, first=decode(ids[:1]))

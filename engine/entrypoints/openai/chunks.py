@@ -6,11 +6,12 @@ A chunk holds one choice; the chunks of one engine output are joined and sent to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
 
-from engine.entrypoints.engine_client import Completion, Output
+from engine.entrypoints.engine_client import Completion, Output, PositionLogprobs
 from engine.entrypoints.openai.answers import Answer, Decode, Usage, add_echo_logprobs, echo_text
 from engine.entrypoints.openai.logprobs import CompletionLogprobs, chat_logprobs, prompt_logprobs_json
 from engine.entrypoints.openai.requests import ChatRequest, CompletionRequest, GenerationRequest
@@ -90,6 +91,8 @@ class ChatChunks(Chunks):
     def _event(self, completion: Completion, output: Output) -> bytes:
         opening = b""
         if completion.index not in self._started:
+            if not completion.token_ids and completion.finish_reason is None:
+                return b""  # the prompt is not done yet
             self._started.add(completion.index)
             opening = self._opening(completion.index, output)
         if not self.worth_sending(completion):
@@ -122,28 +125,34 @@ class CompletionChunks(Chunks):
         self._completion = request
         self._decode = decode
         self._logprobs: dict[int, CompletionLogprobs] = {}
+        self._prompt_logprobs: dict[int, Sequence[PositionLogprobs | None]] = {}  # a DELTA stream gives them once
 
     def events(self, prompt_idx: int, output: Output) -> bytes:
         """The events of one DELTA output; b"" when there is nothing to say."""
         self.usage.add(prompt_idx, output)
         if self._completion.only_echo:
             self.usage.completion = 0
-        n = self._completion.params.n
-        return b"".join(self._event(prompt_idx * n + c.index, c, output) for c in output.outputs)
+        if output.prompt_logprobs is not None:
+            self._prompt_logprobs.setdefault(prompt_idx, output.prompt_logprobs)
+        return b"".join(self._event(prompt_idx, c, output) for c in output.outputs)
 
-    def _event(self, index: int, completion: Completion, output: Output) -> bytes:
+    def _event(self, prompt_idx: int, completion: Completion, output: Output) -> bytes:
         request = self._completion
+        index = prompt_idx * request.params.n + completion.index
         text, extra = completion.text, b""
         first = index not in self._started
         logprobs = self._logprobs.get(index)
         if first:
+            if not completion.token_ids and completion.finish_reason is None:
+                return b""  # the prompt is not done yet
             self._started.add(index)
-            echo, extra = echo_text(request, output, self._decode), self._prompt_extras(output)
+            positions = self._prompt_logprobs.get(prompt_idx)
+            echo, extra = echo_text(request, output, self._decode), self._prompt_extras(output, positions)
             text = echo if request.only_echo else echo + text
             if request.params.logprobs is not None:
                 logprobs = CompletionLogprobs(request.params.logprobs, request.tokens_as_ids)
                 self._logprobs[index] = logprobs
-                add_echo_logprobs(logprobs, request, output, self._decode)
+                add_echo_logprobs(logprobs, request, output, positions, self._decode)
         elif not self.worth_sending(completion):
             return b""
         if logprobs is not None and completion.logprobs and not request.only_echo:
@@ -155,10 +164,10 @@ class CompletionChunks(Chunks):
     def shown_ids(self, completion: Completion) -> list[int]:
         return [] if self._completion.only_echo else super().shown_ids(completion)
 
-    def _prompt_extras(self, output: Output) -> bytes:
+    def _prompt_extras(self, output: Output, positions: Sequence[PositionLogprobs | None] | None) -> bytes:
         extra = b""
         if self._completion.return_token_ids:
             extra = b',"prompt_token_ids":' + orjson.dumps(list(output.prompt_token_ids or ()))
-        if self._completion.wants_prompt_logprobs and output.prompt_logprobs is not None:
-            extra += b',"prompt_logprobs":' + orjson.dumps(prompt_logprobs_json(output.prompt_logprobs))
+        if self._completion.wants_prompt_logprobs and positions is not None:
+            extra += b',"prompt_logprobs":' + orjson.dumps(prompt_logprobs_json(positions))
         return extra
