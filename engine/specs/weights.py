@@ -190,8 +190,15 @@ def dummy_params(arch: ArchSpec, seed: int) -> Iterator[tuple[ParamSpec, RawTens
             block *= param.shape[-1] ** -0.5 if len(param.shape) > 1 else 0.1
         else:
             block = np.full(min(param.num_elements, DUMMY_BLOCK), param.init == "ones", np.float32)
-        raw = from_float32(block, dtype)
-        yield param, RawTensor(dtype, np.resize(raw, param.shape))
+        yield param, RawTensor(dtype, repeated(from_float32(block, dtype), param.shape))
+
+
+def repeated(block: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """An array of `shape` filled with copies of block [n], the last one cut."""
+    data = np.empty(math.prod(shape), block.dtype)
+    for start in range(0, data.size, block.size):
+        data[start : start + block.size] = block[: data.size - start]
+    return data.reshape(shape)
 
 
 def from_float32(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:

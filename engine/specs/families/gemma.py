@@ -116,7 +116,8 @@ def parse_gemma3(config: Fields) -> ArchSpec:
         config.refuse("text_config", "an object")
     inherited = ("dtype", "torch_dtype", "eos_token_id", "bos_token_id", "tie_word_embeddings")
     outer = {key: config.values[key] for key in inherited if config.has(key)}
-    merged = Fields({**text.values, **outer}, text.where)
+    defaults = {"bos_token_id": 2, "eos_token_id": 1}  # what the published files leave out
+    merged = Fields({**defaults, **text.values, **outer}, text.where)
     check_common(merged, "Gemma3ForCausalLM")
     names = TensorNames(
         prefixes=("model.language_model.", "language_model.model."),
