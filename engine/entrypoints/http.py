@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as distribution_version
 
 from fastapi import APIRouter, FastAPI, Request
 from starlette.exceptions import HTTPException
@@ -18,15 +16,9 @@ from engine.entrypoints.http_errors import HttpError
 from engine.entrypoints.openai.routes import openai_router
 from engine.entrypoints.serving import Serving, json_response
 from engine.entrypoints.settings import ServerSettings
+from engine.entrypoints.version import version
 from engine.errors import EngineDead, RequestError
 from engine.metrics.export import EngineMetrics, HttpMetrics, MetricsPage
-
-
-def version() -> str:
-    try:
-        return distribution_version("twinfer")
-    except PackageNotFoundError:  # a source tree that was never installed
-        return "0+source"
 
 
 def create_app(
