@@ -11,7 +11,7 @@ from pathlib import Path
 
 from engine.specs.arch import ArchSpec, Attention, LayerSpec, RopeSpec
 from engine.specs.cache import GroupSpec, cache_groups
-from engine.specs.checkpoint import assign, find_shards, read_config
+from engine.specs.checkpoint import FOREIGN_FORMATS, assign, find_shards, read_config
 from engine.specs.families import parse_config
 from engine.specs.generation import generation_defaults, stop_ids
 from engine.specs.parallel import check_parallel, shard_shape
@@ -68,7 +68,7 @@ def layer_lines(arch: ArchSpec) -> list[str]:
         note = "" if repeats == 1 else f" (x{repeats})" if len(period) == 1 else f" ({len(period)} in turn, x{repeats})"
         lines.append(f"  {where}{note}")
         for nth, (layer, times) in enumerate(grouped(period)):
-            lead = "" if len(period) == 1 else f"{nth + 1}. " if times == 1 else f"{nth + 1}. {times} times "
+            lead = "" if len(period) == 1 else f"{nth + 1}. " if times == 1 else f"{nth + 1}. (x{times}) "
             lines += [f"    {lead}{attention_text(layer.mixer)}", f"    {' ' * len(lead)}{ffn_text(layer)}"]
     return lines
 
@@ -167,7 +167,7 @@ def held(group: GroupSpec, arch: ArchSpec, num_bytes: int) -> str:
 
 def file_lines(path: Path, arch: ArchSpec) -> list[str]:
     """Each file with its tensors; every header is checked against the table on the way."""
-    if not any(path.glob("*.safetensors")):
+    if not any(file.suffix in (".safetensors", *FOREIGN_FORMATS) for file in path.iterdir()):
         return ["  none (config.json alone)"]
     entries = find_shards(path)
     assign(path, arch, entries)
@@ -210,9 +210,9 @@ def ranges(indexes: Sequence[int]) -> str:
 
 
 def size_text(num_bytes: float) -> str:
-    """Binary units, three digits."""
+    """Binary units, four digits."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if num_bytes < 1024:
-            return f"{num_bytes:.3g} {unit}"
+            return f"{num_bytes:.4g} {unit}"
         num_bytes /= 1024
-    return f"{num_bytes:.3g} TiB"
+    return f"{num_bytes:.4g} TiB"
