@@ -1,0 +1,97 @@
+"""Ragged paged attention on the CPU as one C++ call a layer (csrc/cpu_attention.cc), through jax.ffi.
+
+The library is prebuilt and optional: without it, or on another processor family, dispatch takes the plain kernel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from functools import cache
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax import Array
+
+TARGET = "twinfer_cpu_attention"
+MAX_HEAD_SIZE = 256
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The prebuilt library with its jax.ffi target registered, or None where it cannot run."""
+    path = Path(__file__).parent / "prebuilt" / f"libtwinfer_cpu-{platform.machine()}.so"
+    if platform.system() != "Linux" or not path.exists():
+        return None
+    try:
+        loaded = ctypes.CDLL(str(path))
+        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(loaded.twinfer_cpu_attention), platform="cpu")
+    except (OSError, AttributeError, RuntimeError):  # another C library, or another jax.ffi interface version
+        return None
+    loaded.twinfer_cpu_attention_source.restype = ctypes.c_char_p
+    return loaded
+
+
+def available(head_size: int) -> bool:
+    """Whether the library is there and takes heads of this size."""
+    return head_size % 16 == 0 and head_size <= MAX_HEAD_SIZE and library() is not None
+
+
+def source_digest() -> str:
+    """sha256 of the C++ sources that the library was built from, hex."""
+    loaded = library()
+    if loaded is None:
+        raise FileNotFoundError("no prebuilt CPU attention library for this machine")
+    digest: bytes = loaded.twinfer_cpu_attention_source()
+    return digest.decode()
+
+
+def paged_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    cache: Array,
+    layer_index: int,
+    *,
+    page_table: Array,
+    query_starts: Array,
+    num_new: Array,
+    num_computed: Array,
+    num_rows: Array,
+    write_page: Array,
+    write_offset: Array,
+    decode_order: Array,
+    tile_rows: Array,
+    tile_starts: Array,
+    num_tiles: Array,
+    scale: float,
+    window: int | None,
+    logit_cap: float | None,
+) -> tuple[Array, Array]:
+    """Arguments as dispatch.paged_attention and dispatch.Work have them; the kernel makes its own work list."""
+    del decode_order, tile_rows, tile_starts, num_tiles
+    q = q.astype(k.dtype)
+    call = jax.ffi.ffi_call(
+        TARGET,
+        (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(cache.shape, cache.dtype)),
+        input_output_aliases={3: 1},
+    )
+    out, cache = call(
+        q,
+        k,
+        v,
+        cache,
+        page_table,
+        query_starts,
+        num_new,
+        num_computed,
+        num_rows.reshape(1),
+        write_page,
+        write_offset,
+        layer=np.int64(layer_index),
+        window=np.int64(window or 0),
+        scale=np.float32(scale),
+        logit_cap=np.float32(logit_cap or 0.0),
+    )
+    return out, cache

@@ -1,0 +1,69 @@
+"""Build pallas_kernels/prebuilt/libtwinfer_cpu-<machine>.so from the C++ files beside this one.
+
+    python pallas_kernels/csrc/build_cpu.py [--output FILE]
+
+The result is shipped, so that nobody needs a compiler to install twinfer. The library carries the digest of the sources
+it was made from; a test rebuilds nothing but compares that digest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SOURCES = ("cpu_attention.h", "cpu_attention_kernel.cc", "cpu_attention.cc")
+BUILDS = {"base": ("x86-64-v2", 4), "v3": ("x86-64-v3", 8), "v4": ("x86-64-v4", 16)}  # name: (-march, lanes)
+
+
+def source_digest() -> str:
+    """sha256 over the C++ sources, hex."""
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        digest.update((HERE / name).read_bytes())
+    return digest.hexdigest()
+
+
+def library_path() -> Path:
+    return HERE.parent / "prebuilt" / f"libtwinfer_cpu-{platform.machine()}.so"
+
+
+def build(output: Path) -> None:
+    """Compile with g++. Raises CalledProcessError."""
+    import jax.ffi
+
+    flags = ["-std=c++17", "-O3", "-fPIC", "-fno-exceptions", "-fvisibility=hidden", "-fno-math-errno", "-Wno-psabi"]
+    flags += ["-ffunction-sections", "-w", "-isystem", jax.ffi.include_dir()]
+    flags += ["-ffp-contract=fast", "-fno-trapping-math"]
+    with tempfile.TemporaryDirectory() as folder:
+        objects = []
+        for name, (march, lanes) in BUILDS.items():
+            objects.append(f"{folder}/{name}.o")
+            command = ["g++", *flags, f"-march={march}", "-mprefer-vector-width=512", f"-DTWINFER_ISA={name}"]
+            command += [f"-DTWINFER_LANES={lanes}", "-c", str(HERE / "cpu_attention_kernel.cc"), "-o", objects[-1]]
+            subprocess.run(command, check=True)
+        objects.append(f"{folder}/entry.o")
+        source = f'-DTWINFER_SOURCE="{source_digest()}"'
+        command = ["g++", *flags, "-march=x86-64-v2", "-fvisibility=default", source]
+        subprocess.run([*command, "-c", str(HERE / "cpu_attention.cc"), "-o", objects[-1]], check=True)
+        link = ["g++", "-shared", "-static-libgcc", "-Wl,--gc-sections", "-s"]
+        output.parent.mkdir(exist_ok=True)
+        subprocess.run([*link, *objects, "-o", str(output)], check=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=library_path())
+    args = parser.parse_args()
+    build(args.output)
+    print(f"{args.output}: {args.output.stat().st_size} bytes, sources {source_digest()[:12]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
