@@ -18,8 +18,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("serve_command", "Serve a model over HTTP with OpenAI's routes."),
     "chat": ("chat_command", "Talk to a running server."),
     "complete": ("complete_command", "Continue text with a running server."),
-    "inspect": ("inspect_command", "Show a checkpoint's layers, parameters, shards, cache groups and bytes."),
-    "convert": ("convert_command", "Write a checkpoint in a form that loads straight into sharded arrays."),
+    "inspect": (
+        "inspect_checkpoint_command",
+        "Show a checkpoint's layers, parameters, shards, cache groups and bytes.",
+    ),
+    "convert": ("convert_checkpoint_command", "Write a checkpoint in a form that loads straight into sharded arrays."),
     "bench latency": ("bench_latency_command", "Time of one batch, offline."),
     "bench throughput": ("bench_throughput_command", "Tokens per second of many prompts, offline."),
     "bench serve": ("bench_serve_command", "Latencies and throughput of a running server under load."),

@@ -14,6 +14,7 @@ from engine.specs.cache import GroupSpec, cache_groups
 from engine.specs.checkpoint import FOREIGN_FORMATS, assign, find_shards, read_config
 from engine.specs.families import parse_config
 from engine.specs.generation import generation_defaults, stop_ids
+from engine.specs.manifest import is_orbax, read_manifest
 from engine.specs.parallel import check_parallel, shard_shape
 from engine.specs.weights import DTYPE_BYTES, ParamSpec, param_table
 
@@ -167,6 +168,12 @@ def held(group: GroupSpec, arch: ArchSpec, num_bytes: int) -> str:
 
 def file_lines(path: Path, arch: ArchSpec) -> list[str]:
     """Each file with its tensors; every header is checked against the table on the way."""
+    if is_orbax(path):
+        rows = [("part", "parameters", "bytes", "dtypes")]
+        for part in read_manifest(path, arch):
+            dtypes = " ".join(sorted({dtype for _, dtype in part.params}))
+            rows.append((part.folder, str(len(part.params)), size_text(sum(size for _, size in part.files)), dtypes))
+        return table(rows)
     if not any(file.suffix in (".safetensors", *FOREIGN_FORMATS) for file in path.iterdir()):
         return ["  none (config.json alone)"]
     entries = find_shards(path)
