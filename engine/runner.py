@@ -7,7 +7,7 @@ which they were submitted; at most `DeviceInfo.max_in_flight` are open.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from importlib import import_module
@@ -17,7 +17,9 @@ from typing import Protocol
 from engine.errors import ConfigError
 from engine.specs.arch import ArchSpec
 from engine.specs.cache import CacheLayout
-from engine.step import U32, Event, I32, StepPlan, StepResult
+from engine.specs.manifest import Part
+from engine.specs.weights import ParamSpec, RawTensor
+from engine.step import I32, U32, Event, StepPlan, StepResult
 
 
 class Capability(Enum):
@@ -160,3 +162,22 @@ def load_runner(name: str) -> ModelRunner:
     module = import_module(RUNNERS[name])
     runner: ModelRunner = module.Runner()
     return runner
+
+
+class CheckpointWriter(Protocol):
+    """A backend's writer of its own checkpoint format, for `twinfer convert`."""
+
+    def write(self, target: Path, params: Iterator[tuple[ParamSpec, RawTensor]]) -> list[Part]:
+        """Write every parameter under `target`, in bounded memory."""
+
+
+WRITERS = {"orbax": "backends.jax.orbax"}
+
+
+def load_writer(name: str) -> CheckpointWriter:
+    """The writer of a checkpoint format; the dynamic import beside load_runner's."""
+    try:
+        writer: CheckpointWriter = import_module(WRITERS[name])
+    except ImportError as error:
+        raise ConfigError(f"twinfer convert: {error}; install it with pip install 'twinfer[orbax]'") from error
+    return writer

@@ -27,6 +27,7 @@ from engine.specs.safetensors import (
 from engine.specs.weights import ParamSpec, RawTensor, Source, param_table
 
 INDEX_NAME = "model.safetensors.index.json"
+MANIFEST_NAME = "twinfer_checkpoint.json"  # see manifest.py
 PART_OF_MANY = re.compile(r"-of-0*([2-9]|[1-9]\d+)\.")  # model-00001-of-00002.safetensors
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # recomputed; old exports of Llama carry it
 FOREIGN_FORMATS = {
@@ -73,6 +74,8 @@ def find_shards(path: Path) -> dict[str, TensorEntry]:
     """Every tensor of the checkpoint with its checked header entry. Raises CheckpointError."""
     if not path.is_dir():
         refuse(path, "is not a folder; give a folder with config.json and *.safetensors")
+    if (path / MANIFEST_NAME).exists():
+        refuse(path, "an Orbax checkpoint of twinfer convert; --backend jax reads it, others need its safetensors")
     index = path / INDEX_NAME
     # consolidated.safetensors is the same model once more in Mistral's own names; published beside the shards.
     files = sorted(f for f in path.glob("*.safetensors") if not f.name.startswith("consolidated"))
