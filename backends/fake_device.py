@@ -256,7 +256,8 @@ class Device:
                     rank = parents[:i].count(parent)
                     tokens[node] = (self.model.peak(digest[above : above + 1])[0] + rank) % self.vocab_size
                 context[node] = digest[above]
-                digest[node] = digest[above] + token_digest(tokens[node : node + 1], np.array([expected], np.int32))[0]
+                own = token_digest(tokens[node : node + 1], np.array([expected], np.int32))
+                digest[node : node + 1] = digest[above : above + 1] + own
 
     def accept(self, step: Forward, mask: Bool | None) -> tuple[I32, I32, I32, U64]:
         """Walk the draft trees: sample at a node, go on at the child that was sampled.

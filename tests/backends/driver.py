@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 
 from engine.runner import ModelRunner, Placement, RunnerConfig, StepHandle
 from engine.specs.arch import ArchSpec, Attention, GatedFfn, LayerSpec, Norms, RopeSpec
-from engine.specs.cache import CacheLayout, GroupLayout, GroupSpec, PoolLayout, cache_groups
+from engine.specs.cache import CacheLayout, GroupKind, GroupLayout, GroupSpec, PoolLayout, cache_groups
 from engine.step import (
     I32,
     LAST_TOKEN,
     Bucket,
+    Drafts,
     OpenedRows,
+    PageCopies,
     PageDelta,
     Ragged,
     Sampler,
@@ -101,6 +103,8 @@ class Seq:
     planned: int = 0
     unknown: int = 0  # sampled tokens that the host has not collected
     opened: bool = False
+    pending: list[tuple[int, int, int]] = field(default_factory=list)  # (group, column, page) not in the table yet
+    borrowed: set[tuple[int, int]] = field(default_factory=set)  # (group, page) that are not its own to give back
     logprobs: list[float] = field(default_factory=list)
     errors: list[int] = field(default_factory=list)
 
@@ -206,7 +210,9 @@ class Driver:
         self.free_pages = [list(range(1, pool.num_pages)) for pool in self.layout.pools]
         self.generation = 0
         self.closing: list[int] = []
-        self.rows_of: dict[int, list[Seq]] = {}
+        self.rows_of: dict[int, list[tuple[Seq, int]]] = {}  # with the most tokens that the row may sample
+        self.live: list[Seq] = []
+        self.in_flight: list[StepHandle] = []
 
     # sequences
 
@@ -216,20 +222,55 @@ class Driver:
             slot = self.random.choice(self.free_slots)
         self.free_slots.remove(slot)
         self.generation += 1
-        return Seq(
-            list(prompt), len(prompt), Sampling(**sampling), slot, self.generation, [[] for _ in self.layout.groups]
-        )
+        pages: list[list[int]] = [[] for _ in self.layout.groups]
+        seq = Seq(list(prompt), len(prompt), Sampling(**sampling), slot, self.generation, pages)
+        self.live.append(seq)
+        return seq
 
     def prompt(self, length: int) -> list[int]:
         return [self.random.randrange(self.arch.vocab_size) for _ in range(length)]
 
     def close(self, seq: Seq) -> None:
         """End the tenancy with the next plan and give back what the sequence holds."""
-        self.closing.append(seq.slot)
+        if seq.opened:
+            self.closing.append(seq.slot)
         self.free_slots.append(seq.slot)
-        for group, pages in zip(self.layout.groups, seq.pages, strict=True):
-            self.free_pages[group.pool] += pages
+        self.live.remove(seq)
+        for g, (group, pages) in enumerate(zip(self.layout.groups, seq.pages, strict=True)):
+            self.free_pages[group.pool] += [p for p in pages if (g, p) not in seq.borrowed]
         seq.pages = [[] for _ in self.layout.groups]
+
+    def clean_up(self) -> None:
+        """Back to nothing running, whatever a test left."""
+        while self.in_flight:
+            self.runner.collect(self.in_flight.pop(0))
+        self.rows_of.clear()
+        for seq in list(self.live):
+            self.close(seq)
+
+    def preempt(self, seq: Seq) -> Seq:
+        """The same request again with nothing computed, in another tenancy."""
+        again = self.new(seq.tokens, **{f.name: getattr(seq.sampling, f.name) for f in fields(Sampling)})
+        again.num_prompt = seq.num_prompt
+        self.close(seq)
+        return again
+
+    def share(self, seq: Seq, source: Seq, tokens: int) -> PageCopies | None:
+        """Let a new sequence read the first `tokens` of another: whole pages by reference, a partial one by copy."""
+        copies = []
+        for g, (group, mine, theirs) in enumerate(zip(self.layout.groups, seq.pages, source.pages, strict=True)):
+            whole, part = divmod(tokens, group.page_tokens)
+            mine += theirs[:whole]
+            seq.borrowed |= {(g, page) for page in mine}
+            if part:
+                mine.append(self.take_page(group.pool))
+                copies.append((group.pool, theirs[whole], mine[-1], part))
+            seq.pending += [(g, column, page) for column, page in enumerate(mine)]
+        seq.planned = tokens
+        if not copies:
+            return None
+        pool, origin, target, count = np.array(copies, np.int32).T.copy()
+        return PageCopies(pool=pool, source=origin, target=target, tokens=count)
 
     def take_page(self, pool: int) -> int:
         pages = self.free_pages[pool]
@@ -240,10 +281,13 @@ class Driver:
         entries: list[list[tuple[int, int, int]]] = []
         for group, pages in zip(self.layout.groups, seq.pages, strict=True):
             new = []
-            while group.spec.kind.value in ("full", "window") and len(pages) * group.page_tokens < tokens:
+            while group.spec.kind in (GroupKind.FULL, GroupKind.WINDOW) and len(pages) * group.page_tokens < tokens:
                 pages.append(self.take_page(group.pool))
                 new.append((seq.slot, len(pages) - 1, pages[-1]))
             entries.append(new)
+        for g, column, page in seq.pending:
+            entries[g].append((seq.slot, column, page))
+        seq.pending = []
         return entries
 
     # plans
@@ -291,8 +335,48 @@ class Driver:
             page_deltas=deltas(entries),
         )
         self.closing = []
-        self.rows_of[plan.step_id] = [seq for seq, _ in rows]
+        self.rows_of[plan.step_id] = [
+            (seq, num_steps if sample else 0) for (seq, _), sample in zip(rows, samples, strict=True)
+        ]
         return replace(plan, **parts)
+
+    def draft_plan(self, rows: Sequence[tuple[Seq, Sequence[int]]], parents: Sequence[Sequence[int]] = ()) -> StepPlan:
+        """One decode step in which every row brings drafts (ids, or draft_token(i)); parents make trees of them."""
+        wanted = [(seq, [seq.tokens[seq.planned] if seq.left == 1 and not seq.unknown else LAST_TOKEN, *ids])
+                  for seq, ids in rows]  # fmt: skip
+        depths = [[0] for _ in rows]
+        for r, (_, ids) in enumerate(rows):
+            above = parents[r] if parents else range(-1, len(ids) - 1)
+            for parent in above:
+                depths[r].append(depths[r][parent + 1] + 1)
+        width = max(len(ids) for _, ids in rows)
+        tree = np.full((len(rows), width), -1, np.int32)
+        for r, above in enumerate(parents):
+            tree[r, : len(above)] = above
+        entries = [self.grow(seq, seq.planned + 1 + len(ids)) for seq, ids in rows]
+        counts = np.array([1 + len(ids) for _, ids in rows], np.int32)
+        positions = [seq.planned + depth for (seq, _), row in zip(rows, depths, strict=True) for depth in row]
+        plan = StepPlan(
+            step_id=self.next_step(),
+            bucket=self.bucket(int(counts.sum()), len(rows)),
+            slots=np.array([seq.slot for seq, _ in rows], np.int32),
+            generation=np.array([seq.generation for seq, _ in rows], np.int32),
+            num_computed=np.array([seq.planned for seq, _ in rows], np.int32),
+            num_new=counts,
+            num_logits=counts.copy(),
+            token_ids=np.array([t for _, ids in wanted for t in ids], np.int32),
+            positions=np.array([positions], np.int32),
+            logit_rows=np.arange(counts.sum(), dtype=np.int32),
+            sampler=Sampler.GREEDY if all(seq.sampling.greedy for seq, _ in rows) else Sampler.FULL,
+            num_logprobs=max(seq.sampling.num_logprobs for seq, _ in rows),
+            page_deltas=deltas([[e for row in entries for e in row[g]] for g in range(len(self.layout.groups))]),
+            drafts=Drafts(num_drafts=counts - 1, parents=tree if parents else None),
+        )
+        for seq, ids in rows:
+            seq.planned += 1 + len(ids)
+            seq.unknown += 1 + len(ids)
+        self.rows_of[plan.step_id] = [(seq, 1 + len(ids)) for seq, ids in rows]
+        return plan
 
     def next_step(self) -> int:
         self.step_id += 1
@@ -316,22 +400,25 @@ class Driver:
 
     def step(self, rows: Sequence[tuple[Seq, int]], **parts: Any) -> StepResult:
         """Plan, submit, collect, and take the tokens."""
-        plan = self.plan(rows, **parts)
-        return self.collect(self.runner.submit([plan]))
+        return self.collect(self.submit(self.plan(rows, **parts)))
+
+    def submit(self, plan: StepPlan) -> StepHandle:
+        self.in_flight.append(self.runner.submit([plan]))
+        return self.in_flight[-1]
 
     def collect(self, handle: StepHandle) -> StepResult:
+        self.in_flight.remove(handle)
         (result,) = self.runner.collect(handle)
         self.take(result)
         return result
 
     def take(self, result: StepResult) -> None:
-        for r, seq in enumerate(self.rows_of.pop(result.step_id)):
+        for r, (seq, most) in enumerate(self.rows_of.pop(result.step_id)):
             count, width = int(result.num_sampled[r]), result.tokens.shape[1]
             seq.tokens += result.tokens[r, :count].tolist()
             seq.errors.append(int(result.error[r]))
-            if count:
-                seq.unknown -= width
-                seq.planned -= width - count  # the device stopped the row, or rejected its drafts
+            seq.unknown -= most
+            seq.planned -= most - count  # the device stopped the row, or rejected its drafts
             if result.logprobs is not None:
                 seq.logprobs += result.logprobs.chosen[r * width : r * width + count].tolist()
 
@@ -361,34 +448,27 @@ def deltas(entries: list[list[tuple[int, int, int]]]) -> tuple[PageDelta | None,
 
 
 def layout(groups: tuple[GroupSpec, ...], num_pages: int) -> CacheLayout:
-    """Every group in a pool of its own shape; float32."""
-    shapes: list[tuple[int, int, int]] = []
-    for g in groups:
-        shape = (len(g.layers), g.num_kv_heads, g.head_size)
-        if shape not in shapes or g.kind.value in ("cross", "state"):
-            shapes.append(shape)
-    pools = tuple(
-        PoolLayout(
-            num_pages=num_pages,
-            page_bytes=2 * 4 * PAGE * layers * heads * size,
-            num_layers=layers,
-            num_kv_heads=heads,
-            head_size=size,
-            page_tokens=PAGE,
-        )
-        for layers, heads, size in shapes
-    )
-    own = iter(range(len(shapes)))
-    where = [
-        shapes.index((len(g.layers), g.num_kv_heads, g.head_size)) if g.kind.value not in ("cross", "state") else -1
-        for g in groups
-    ]
-    taken = set(where)
-    spare = [p for p in own if p not in taken]
-    return CacheLayout(
-        groups=tuple(
-            GroupLayout(spec=g, pool=p if p >= 0 else spare.pop(0), page_tokens=PAGE)
-            for g, p in zip(groups, where, strict=True)
-        ),
-        pools=pools,
-    )
+    """Groups whose pages have one shape share a pool; cross and state groups have pools of their own. float32."""
+    pools: list[PoolLayout] = []
+    pool_of: dict[tuple[int, int, int], int] = {}
+    placed = []
+    for group in groups:
+        shape = (len(group.layers), group.num_kv_heads, group.head_size)
+        alone = group.kind in (GroupKind.CROSS, GroupKind.STATE)
+        if alone or shape not in pool_of:
+            layers, heads, size = shape
+            pools.append(
+                PoolLayout(
+                    num_pages=num_pages,
+                    page_bytes=2 * 4 * PAGE * layers * heads * size,
+                    num_layers=layers,
+                    num_kv_heads=heads,
+                    head_size=size,
+                    page_tokens=PAGE,
+                )
+            )
+            if not alone:
+                pool_of[shape] = len(pools) - 1
+        pool = len(pools) - 1 if alone else pool_of[shape]
+        placed.append(GroupLayout(spec=group, pool=pool, page_tokens=PAGE))
+    return CacheLayout(groups=tuple(placed), pools=tuple(pools))

@@ -1,0 +1,637 @@
+"""One suite for every runner: what docs/contract.md promises, asked of a tiny Llama with dummy weights in float32.
+
+`test_conformance_{fake,jax,torch}.py` inherit `Conformance` and say how a runner is made. Most tests share one runner
+(`d`); none may depend on what an earlier test left in slots or pages, which is part of what is tested.
+Everything is compared between two ways of computing the same thing, so no expected token is written down.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass, replace
+
+import numpy as np
+import pytest
+
+from engine.errors import TwinferError
+from engine.runner import Capability, DeviceInfo, ModelRunner
+from engine.step import (
+    CrossEncodes,
+    Drafts,
+    PromptLogprobs,
+    RowError,
+    Sampler,
+    StateSlots,
+    StepPlan,
+    Transfers,
+    empty_plan,
+)
+from tests.backends.driver import Driver, Seq, llama, ragged
+
+OUTPUTS = 6
+PROMPTS = (37, 5, 20, 1, 33)
+TOLERANCE = 2e-4  # of a logprob in float32, between two orders of summation
+
+
+def scribble(part: object) -> None:
+    """Overwrite every array of a plan."""
+    if isinstance(part, np.ndarray):
+        part.fill(77)
+    elif is_dataclass(part):
+        for f in fields(part):
+            scribble(getattr(part, f.name))
+    elif isinstance(part, tuple):
+        for item in part:
+            scribble(item)
+
+
+class Conformance:
+    """Inherit and define make_runner."""
+
+    @classmethod
+    def make_runner(cls) -> ModelRunner:
+        raise NotImplementedError
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def shared(cls) -> Iterator[Driver]:
+        driver = Driver(cls.make_runner(), seed=1)
+        yield driver
+        driver.runner.shutdown()
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def second(cls) -> Iterator[Driver]:
+        """A runner that no test but the comparisons with a fresh one uses."""
+        driver = Driver(cls.make_runner(), seed=2)
+        yield driver
+        driver.runner.shutdown()
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def shared_windowed(cls) -> Iterator[Driver]:
+        driver = Driver(cls.make_runner(), llama(windows=(20, None)), seed=3)
+        yield driver
+        driver.runner.shutdown()
+
+    @pytest.fixture
+    def d(self, shared: Driver) -> Iterator[Driver]:
+        yield shared
+        shared.clean_up()
+
+    @pytest.fixture
+    def fresh(self, second: Driver) -> Iterator[Driver]:
+        yield second
+        second.clean_up()
+
+    @pytest.fixture
+    def windowed(self, shared_windowed: Driver) -> Iterator[Driver]:
+        yield shared_windowed
+        shared_windowed.clean_up()
+
+    def need(self, d: Driver, capability: Capability) -> None:
+        if capability not in d.device.capabilities:
+            pytest.skip(f"{capability.value} is not announced")
+
+    # lifecycle
+
+    def test_describe_needs_nothing(self) -> None:
+        runner = self.make_runner()
+        info = runner.describe()
+        assert isinstance(info, DeviceInfo) and info == runner.describe()
+        assert info.max_in_flight >= 1 and info.page_tokens % 16 == 0 and info.memory_bytes > 0
+        assert info.default_dtype in info.supported_dtypes and "float32" in info.supported_dtypes
+        assert info.bucket_style in ("pow2", "exact") and info.kind in ("cpu", "gpu", "tpu", "fake")
+        assert (Capability.DRAFT_TREE not in info.capabilities) or Capability.DRAFTS in info.capabilities
+
+    def test_life_and_first_step(self, d: Driver) -> None:
+        assert d.budget_bytes > 0
+        assert d.generate([d.new(d.prompt(3))], 2)[0]
+
+    def test_poll_of_an_idle_runner(self, d: Driver) -> None:
+        assert d.runner.poll() == []
+
+    # shapes of steps and results
+
+    def test_step_without_rows(self, d: Driver) -> None:
+        plan = empty_plan(d.next_step(), d.bucket(0, 0))
+        d.rows_of[plan.step_id] = []
+        result = d.collect(d.submit(plan))
+        assert result.step_id == plan.step_id
+        assert result.num_sampled.shape == (0,) and result.tokens.shape[0] == 0 and result.error.shape == (0,)
+
+    def test_rows_that_do_not_sample(self, d: Driver) -> None:
+        a, b = d.new(d.prompt(20)), d.new(d.prompt(9))
+        result = d.step([(a, 8), (b, 9)])
+        assert result.num_sampled.tolist() == [0, 1]
+        assert result.tokens.shape == (2, 1) and 0 <= result.tokens[1, 0] < d.arch.vocab_size
+        result = d.step([(a, 8)])
+        assert result.num_sampled.tolist() == [0]
+        assert d.step([(b, 1), (a, 4)]).num_sampled.tolist() == [1, 1]
+
+    def test_result_types(self, d: Driver) -> None:
+        a, b = d.new(d.prompt(4), num_logprobs=3), d.new(d.prompt(7))
+        result = d.step([(a, 4), (b, 7)])
+        assert result.num_sampled.dtype == np.int32 and result.tokens.dtype == np.int32
+        assert result.error.dtype == np.uint8 and result.error.tolist() == [0, 0]
+        logprobs = result.logprobs
+        assert logprobs is not None and logprobs.chosen.shape == logprobs.rank.shape == (2,)
+        assert logprobs.top_ids.shape == logprobs.top.shape == (2, 3)
+        assert result.prompt_logprobs is None and result.pooled is None
+        assert result.finished_transfers == () and result.failed_transfers == ()
+        assert d.step([(b, 1)]).logprobs is None
+
+    # one sequence, many ways
+
+    def alone(self, d: Driver, prompt: Sequence[int], num_outputs: int = OUTPUTS, **sampling: object) -> Seq:
+        """The yardstick: one-shot prefill, nobody else there."""
+        seq = d.new(prompt, num_logprobs=0, **sampling)
+        d.generate([seq], num_outputs, chunk=64)
+        d.close(seq)
+        return seq
+
+    def same(self, got: Seq, wanted: Seq) -> None:
+        assert got.outputs == wanted.outputs
+        np.testing.assert_allclose(got.logprobs, wanted.logprobs, atol=TOLERANCE)
+
+    def ways(self, d: Driver) -> None:
+        """Chunks, strangers, slots and pages change nothing."""
+        prompts = [d.prompt(n) for n in PROMPTS]
+        wanted = [self.alone(d, p) for p in prompts]
+        assert len({tuple(w.outputs) for w in wanted}) > 1
+        together = [d.new(p, num_logprobs=0) for p in prompts]
+        d.generate(together, OUTPUTS, chunk=64)
+        for seq, want in zip(together, wanted, strict=True):
+            self.same(seq, want)
+            d.close(seq)
+        rng = random.Random(5)
+        chunked = [d.new(p, num_logprobs=0) for p in prompts]
+        while todo := [s for s in chunked if len(s.outputs) < OUTPUTS]:
+            some = rng.sample(todo, rng.randint(1, len(todo)))
+            d.step([(s, rng.randint(1, min(s.left, 12))) for s in some])
+        for seq, want in zip(chunked, wanted, strict=True):
+            self.same(seq, want)
+            d.close(seq)
+
+    def test_chunks_strangers_slots_and_pages(self, d: Driver) -> None:
+        self.ways(d)
+
+    def test_chunks_strangers_slots_and_pages_with_a_window(self, windowed: Driver) -> None:
+        self.ways(windowed)
+
+    def test_pages_behind_a_window_may_be_given_away(self, windowed: Driver) -> None:
+        d = windowed
+        prompt, other = d.prompt(50), d.prompt(30)
+        wanted, wanted_other = self.alone(d, prompt, 12), self.alone(d, other)
+        seq = d.new(prompt, num_logprobs=0)
+        d.generate([seq], 3, chunk=64)
+        group = next(i for i, g in enumerate(d.layout.groups) if g.spec.window is not None)
+        pool = d.layout.groups[group].pool
+        behind = seq.pages[group][:2]  # tokens [0, 32) of 52; the window is 20
+        seq.borrowed |= {(group, page) for page in behind}
+        # the stranger's 30 tokens need two pages in each group of this pool: leave exactly these
+        groups = sum(g.pool == pool for g in d.layout.groups)
+        others = d.free_pages[pool]
+        d.free_pages[pool] = behind + [others.pop() for _ in range(2 * groups - len(behind))]
+        stranger = d.new(other, num_logprobs=0)
+        d.step([(stranger, 30)])
+        assert set(behind) <= {page for pages in stranger.pages for page in pages} and not d.free_pages[pool]
+        d.free_pages[pool] = others
+        d.generate([seq, stranger], 6, chunk=64)
+        d.generate([seq], 12)
+        self.same(seq, wanted)
+        assert stranger.outputs == wanted_other.outputs
+
+    def test_preempted_and_resumed(self, d: Driver) -> None:
+        prompt = d.prompt(21)
+        for sampling in ({}, {"temperature": 0.9, "seed": 11, "repetition": 1.3, "frequency": 0.4}):
+            wanted = self.alone(d, prompt, 8, **sampling)
+            seq = d.new(prompt, **sampling)
+            d.generate([seq], 3)
+            again = d.preempt(seq)
+            d.generate([again], 8, chunk=10)
+            assert again.outputs == wanted.outputs
+            d.close(again)
+
+    # overlap and buffers
+
+    def overlapped(
+        self, d: Driver, prompts: Sequence[Sequence[int]], spoil: bool = False, **sampling: object
+    ) -> list[Seq]:
+        """Two steps in flight all the time; tokens feed the next step on the device."""
+        seqs = [d.new(p, num_logprobs=0, **sampling) for p in prompts]
+        flying: list[tuple[StepPlan, object]] = []
+        for turn in range(OUTPUTS):
+            plan = d.plan([(s, s.left if turn == 0 else 1) for s in seqs])
+            flying.append((plan, d.submit(plan)))
+            if len(flying) == d.config.max_in_flight:
+                self.land(d, flying, spoil)
+        while flying:
+            self.land(d, flying, spoil)
+        return seqs
+
+    def land(self, d: Driver, flying: list[tuple[StepPlan, object]], spoil: bool) -> None:
+        plan, handle = flying.pop(0)
+        d.collect(handle)
+        if spoil:
+            scribble(plan)
+
+    @pytest.mark.parametrize("spoil", [False, True], ids=["kept", "scribbled"])
+    def test_overlap(self, d: Driver, spoil: bool) -> None:
+        """LAST_TOKEN before the host knows it; a plan's arrays are anybody's once it is collected."""
+        prompts = [d.prompt(n) for n in (9, 20, 3)]
+        wanted = [self.alone(d, p) for p in prompts]
+        for got, want in zip(self.overlapped(d, prompts, spoil), wanted, strict=True):
+            self.same(got, want)
+
+    def test_overlap_with_full_sampling(self, d: Driver) -> None:
+        prompts = [d.prompt(n) for n in (9, 20)]
+        sampling = {"temperature": 1.0, "seed": 3, "presence": 0.7, "top_k": 40, "bias": {7: 1.5}}
+        wanted = [self.alone(d, p, **sampling) for p in prompts]
+        for got, want in zip(self.overlapped(d, prompts, spoil=True, **sampling), wanted, strict=True):
+            self.same(got, want)
+
+    def test_results_do_not_change_after_later_steps(self, d: Driver) -> None:
+        seq = d.new(d.prompt(5), num_logprobs=2)
+        first = d.step([(seq, 5)])
+        assert first.logprobs is not None
+        kept = first.tokens.copy(), first.logprobs.chosen.copy(), first.logprobs.top_ids.copy()
+        d.generate([seq], 5)
+        assert (first.tokens == kept[0]).all() and (first.logprobs.chosen == kept[1]).all()
+        assert (first.logprobs.top_ids == kept[2]).all()
+
+    # pages
+
+    @pytest.mark.parametrize("shared_tokens", [16, 24, 31])
+    def test_shared_and_copied_pages(self, d: Driver, shared_tokens: int) -> None:
+        """Whole pages by reference, the tail by copy; the source may go on writing behind it, even in that step."""
+        source = d.new(d.prompt(shared_tokens + 2), num_logprobs=0)
+        d.step([(source, shared_tokens + 2)])
+        prompt = source.tokens[:shared_tokens] + d.prompt(6)
+        wanted, wanted_source = self.alone(d, prompt), self.alone(d, source.tokens[: shared_tokens + 2])
+        seq = d.new(prompt, num_logprobs=0)
+        copies = d.share(seq, source, shared_tokens)
+        assert (copies is None) == (shared_tokens % 16 == 0)
+        d.step([(source, 1), (seq, 6)], copies=copies)
+        d.generate([seq, source], OUTPUTS)
+        self.same(seq, wanted)
+        self.same(source, wanted_source)
+
+    # slots
+
+    def test_nothing_of_the_former_tenant_stays(self, d: Driver, fresh: Driver) -> None:
+        """S-14: a slot with every table in use, then tenants with few: as in a runner that has seen nobody."""
+        loud = {
+            "temperature": 1.5, "top_p": 0.5, "min_p": 0.2, "top_k": 3, "seed": 9, "presence": 2.0, "frequency": 2.0,
+            "repetition": 5.0, "min_tokens": 50, "stop_ids": tuple(range(0, 100, 2)), "bias": {5: 30.0, 6: -50.0},
+            "allowed": tuple(range(0, 150, 3)), "bad_words": ((3,), (6, 9)), "num_logprobs": 2,
+        }  # fmt: skip
+        prompt = d.prompt(12)
+        for quiet in ({}, {"temperature": 1.0, "seed": 4}, {"repetition": 1.5, "bias": {8: 1.0}, "min_tokens": 2}):
+            noisy = d.new(d.prompt(40), slot=d.free_slots[0], **loud)
+            d.generate([noisy], 5)
+            d.close(noisy)
+            seq, clean = d.new(prompt, slot=noisy.slot, **quiet), fresh.new(prompt, **quiet)
+            d.generate([seq], OUTPUTS)
+            fresh.generate([clean], OUTPUTS)
+            assert seq.outputs == clean.outputs
+            d.close(seq)
+            fresh.close(clean)
+
+    def test_a_slot_changes_hands_within_one_step(self, d: Driver) -> None:
+        prompt = d.prompt(18)
+        wanted = self.alone(d, prompt)
+        old = d.new(d.prompt(33), bias={4: 60.0})
+        d.generate([old], 2)
+        d.close(old)
+        seq = d.new(prompt, slot=old.slot, num_logprobs=0)
+        plan = d.plan([(seq, 18)])
+        assert plan.closed is not None and old.slot in plan.closed
+        d.collect(d.submit(plan))
+        d.generate([seq], OUTPUTS)
+        self.same(seq, wanted)
+
+    # sampling
+
+    def test_seeds(self, d: Driver) -> None:
+        prompt = d.prompt(10)
+        wanted = self.alone(d, prompt, 12, temperature=1.0, seed=2**63 + 5)
+        strangers = [d.new(d.prompt(n), temperature=1.0, seed=n) for n in (3, 11)]
+        same = d.new(prompt, temperature=1.0, seed=2**63 + 5, num_logprobs=0)
+        others = [d.new(prompt, temperature=1.0, seed=s) for s in (5, 2**63 + 6, 2**32 + 5)]
+        d.generate([*strangers, *others, same], 12, chunk=20)
+        assert same.outputs == wanted.outputs
+        assert len({tuple(s.outputs) for s in (*others, same)}) == 4
+
+    @pytest.mark.parametrize(
+        "narrow", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-3}], ids=lambda x: next(iter(x))
+    )
+    def test_narrow_sampling_is_greedy(self, d: Driver, narrow: dict[str, float]) -> None:
+        prompt = d.prompt(8)
+        sampling = {"temperature": 1.0, "seed": 1} | narrow
+        assert self.alone(d, prompt, **sampling).outputs == self.alone(d, prompt).outputs
+
+    def test_allowed_ids(self, d: Driver) -> None:
+        allowed = (3, 64, 190)
+        for temperature in (0.0, 2.0):
+            seq = self.alone(d, d.prompt(6), 10, allowed=allowed, temperature=temperature)
+            assert set(seq.outputs) <= set(allowed)
+
+    def test_bias_decides_and_logprobs_are_raw(self, d: Driver) -> None:
+        prompt = d.prompt(6)
+        plain = d.new(prompt, num_logprobs=0, bias={77: 0.0})
+        forced = d.new(prompt, num_logprobs=3, bias={77: 90.0})
+        d.step([(plain, 6)])
+        result = d.step([(forced, 6)])
+        assert forced.outputs == [77] and result.logprobs is not None
+        assert result.logprobs.rank[0] > 1 and forced.logprobs[0] < plain.logprobs[0]
+        assert result.logprobs.top_ids[0, 0] == plain.outputs[0]
+        assert abs(result.logprobs.top[0, 0] - plain.logprobs[0]) < TOLERANCE
+
+    def test_min_tokens_bans_stop_ids(self, d: Driver) -> None:
+        seq = self.alone(d, d.prompt(6), 7, bias={50: 90.0, 51: 80.0}, stop_ids=(50, 51), min_tokens=4)
+        assert not {50, 51} & set(seq.outputs[:4]) and set(seq.outputs[4:]) == {50}
+
+    def test_bad_words(self, d: Driver) -> None:
+        prompt = d.prompt(6)
+        bias = {50: 90.0, 51: 80.0}
+        assert self.alone(d, prompt, 4, bias=bias, bad_words=((50,),)).outputs == [51] * 4
+        # 50 may not follow 50; only generated ids count as what stands before
+        prompt[-1] = 50
+        assert self.alone(d, prompt, 5, bias=bias, bad_words=((50, 50),)).outputs == [50, 51, 50, 51, 50]
+        assert self.alone(d, prompt, 5, bias=bias, bad_words=((50, 50, 50),)).outputs == [50, 50, 51, 50, 50]
+
+    def test_penalties_look_at_the_right_ids(self, d: Driver) -> None:
+        prompt = d.prompt(6)
+        bias = {50: 90.0, 51: 60.0}
+        assert self.alone(d, prompt, 3, bias=bias).outputs == [50] * 3
+        for name in ("presence", "frequency"):
+            seq = self.alone(d, [*prompt, 50], 2, bias=bias, **{name: 60.0})
+            assert seq.outputs == [50, 51]  # the 50 in the prompt does not count
+        seq = self.alone(d, [*prompt, 50], 3, bias={50: 90.0, 51: 80.0, 52: 70.0}, repetition=2.0)
+        assert seq.outputs == [51, 52, 50]  # the 50 in the prompt counts: 45 against 80 and 70
+
+    def test_logprobs(self, d: Driver) -> None:
+        seqs = [d.new(d.prompt(7), num_logprobs=5, temperature=t, seed=8) for t in (0.0, 3.0)]
+        d.step([(s, 7) for s in seqs])
+        for _ in range(5):
+            result = d.step([(s, 1) for s in seqs])
+            top = result.logprobs
+            assert top is not None and top.top_ids.shape == (2, 5)
+            assert (np.diff(top.top, axis=1) <= 0).all() and (np.exp(top.top).sum(axis=1) <= 1 + 1e-5).all()
+            for r in range(2):
+                token, rank = int(result.tokens[r, 0]), int(top.rank[r])
+                assert len(set(top.top_ids[r].tolist())) == 5 and (top.top_ids[r] >= 0).all()
+                if rank <= 5:
+                    assert abs(top.top[r, rank - 1] - top.chosen[r]) < 1e-6
+                    assert top.top_ids[r, rank - 1] == token
+                else:
+                    assert top.chosen[r] <= top.top[r, 4]
+            assert top.rank[0] == 1
+
+    def test_prompt_logprobs(self, d: Driver) -> None:
+        """The prompt's logprobs are those that decoding gave to the same ids."""
+        self.need(d, Capability.PROMPT_LOGPROBS)
+        decoded = self.alone(d, d.prompt(6), 9)
+        whole = decoded.tokens
+        got: list[float] = []
+        seq = d.new(whole, num_logprobs=0)
+        for n in (5, 7, 3):
+            first = seq.planned
+            index = np.arange(n if first + n < len(whole) else n - 1, dtype=np.int32)
+            targets = np.array(whole, np.int32)[first + 1 + index]
+            wanted = PromptLogprobs(token_idx=index, targets=targets, num_top=2)
+            result = d.step([(seq, n)], prompt_logprobs=wanted)
+            scores = result.prompt_logprobs
+            assert (
+                scores is not None and scores.chosen.shape == (len(index),) and scores.top_ids.shape == (len(index), 2)
+            )
+            assert ((scores.rank == 1) == (scores.top_ids[:, 0] == targets)).all()
+            got += scores.chosen.tolist()
+        np.testing.assert_allclose(got[5:], decoded.logprobs, atol=TOLERANCE)
+
+    # bad ids (R3)
+
+    def poisoned(self, d: Driver, spoil: object, **sampling: object) -> tuple[list[Seq], list[float], np.ndarray]:
+        """Two steps of a victim between two neighbours; `spoil(plan)` damages the victim's part of the first plan."""
+        rng = random.Random(17)
+        prompts = [[rng.randrange(d.arch.vocab_size) for _ in range(n)] for n in (7, 9, 5)]
+        slots = sorted(d.free_slots)[:3]
+        neighbour = {"num_logprobs": 4, "temperature": 1.0, "seed": 6}
+        seqs = [
+            d.new(p, slot=s, **(sampling if i == 1 else neighbour))
+            for i, (p, s) in enumerate(zip(prompts, slots, strict=True))
+        ]
+        plan = d.plan([(s, len(s.tokens)) for s in seqs])
+        result = d.collect(d.submit(spoil(plan)))
+        values: list[float] = []
+        error = result.error
+        for _ in range(3):
+            assert result.logprobs is not None
+            for part in (result.logprobs.chosen, result.logprobs.top, result.logprobs.top_ids, result.tokens[:, 0]):
+                values += [float(v) for v in np.delete(part, 1, axis=0).reshape(-1)]
+            result = d.step([(s, 1) for s in seqs])
+        for seq in seqs:
+            d.close(seq)
+        return seqs, values, error
+
+    @pytest.mark.parametrize("bad", [-(2**31), -1000, 199, 2**31 - 1])
+    @pytest.mark.parametrize("where", ["token", "stop", "bias", "allowed", "history"])
+    def test_bad_ids_stay_with_their_row(self, d: Driver, where: str, bad: int) -> None:
+        """Ids that slipped past validation: the neighbours are bitwise unchanged, the row is flagged."""
+        assert d.arch.vocab_size == 199
+        tables = {
+            "token": {},
+            "stop": {"stop_ids": (4, 5), "min_tokens": 3},
+            "bias": {"bias": {4: 1.0, 5: 2.0}},
+            "allowed": {"allowed": (4, 5, 6)},
+            "history": {"repetition": 1.2, "presence": 0.5},
+        }[where]
+
+        def spoil(plan: StepPlan) -> StepPlan:
+            if where == "token":
+                ids = plan.token_ids.copy()
+                ids[7 + 4] = bad
+                return replace(plan, token_ids=ids)
+            assert plan.opened is not None
+            name = "history" if where == "history" else f"{where}_ids"
+            part = getattr(plan.opened.sampling, name)
+            values = part.values.copy()
+            values[0] = bad
+            return replace(
+                plan,
+                opened=replace(
+                    plan.opened, sampling=replace(plan.opened.sampling, **{name: replace(part, values=values)})
+                ),
+            )
+
+        _, clean, error = self.poisoned(d, lambda plan: plan, **tables)
+        assert error.tolist() == [0, 0, 0]
+        seqs, values, error = self.poisoned(d, spoil, **tables)
+        assert values == clean
+        assert error.tolist() == [0, RowError.BAD_TOKEN_ID, 0]
+        assert all(0 <= t < 199 for t in seqs[1].outputs)
+
+    def test_bad_prompt_targets_stay_with_their_row(self, d: Driver) -> None:
+        self.need(d, Capability.PROMPT_LOGPROBS)
+        scores = []
+        for bad in (3, 2**31 - 1):
+            a, b = d.new([5, 6, 7], slot=0), d.new([8, 9, 10], slot=1)
+            wanted = PromptLogprobs(
+                token_idx=np.array([0, 1, 3], np.int32), targets=np.array([6, 7, bad], np.int32), num_top=1
+            )
+            result = d.step([(a, 3), (b, 3)], prompt_logprobs=wanted)
+            assert result.prompt_logprobs is not None
+            scores.append(result.prompt_logprobs.chosen[:2].tolist())
+            assert result.error.tolist() == [0, 0 if bad == 3 else RowError.BAD_TOKEN_ID]
+            d.close(a)
+            d.close(b)
+        assert scores[0] == scores[1]
+
+    # programs
+
+    def test_no_compile_after_warm_up(self, d: Driver) -> None:
+        rng = random.Random(23)
+        before = d.runner.num_compiles()
+        for _ in range(12):
+            seqs = []
+            for _ in range(rng.randint(1, 5)):
+                sampling: dict[str, object] = {}
+                if rng.random() < 0.5:
+                    sampling = {"temperature": rng.random(), "seed": rng.getrandbits(64), "top_k": rng.randint(0, 9)}
+                if rng.random() < 0.3:
+                    sampling |= {"presence": 0.5, "bias": dict.fromkeys(range(rng.randint(1, 40)), 1.0)}
+                if rng.random() < 0.3:
+                    sampling |= {"stop_ids": tuple(range(rng.randint(0, 20))), "num_logprobs": rng.randint(0, 20)}
+                if rng.random() < 0.2:
+                    sampling |= {"allowed": tuple(range(rng.randint(1, 90))), "bad_words": ((4, 5), (6,))}
+                seqs.append(d.new(d.prompt(rng.randint(1, 40)), **sampling))
+            d.generate(seqs, 2, chunk=rng.randint(3, 64))
+            for seq in seqs:
+                d.close(seq)
+        assert d.runner.num_compiles() == before
+
+    # features that may be announced
+
+    def test_what_is_not_announced_is_refused(self, d: Driver) -> None:
+        none = np.zeros(0, np.int32)
+        wide = np.zeros(0, np.int64)
+        parts: dict[Capability, dict[str, object]] = {
+            Capability.LATE_MASK: {"late_mask": True},
+            Capability.MULTI_STEP: {"num_steps": 2},
+            Capability.DRAFTS: {"drafts": Drafts(num_drafts=np.zeros(1, np.int32))},
+            Capability.STATE: {"states": (StateSlots(group=0, read=none - 1, write=none),)},
+            Capability.CROSS: {"encodes": CrossEncodes(group=0, media_id=wide, pages=ragged([]), num_tokens=none)},
+            Capability.TRANSFERS: {
+                "transfers": Transfers(transfer_id=wide, kind=np.zeros(0, np.uint8), pool=none, pages=ragged([]))
+            },
+            Capability.PROMPT_LOGPROBS: {"prompt_logprobs": PromptLogprobs(token_idx=none, targets=none, num_top=0)},
+            Capability.POOLING: {"pooling": np.ones(1, np.int32)},
+        }
+        missing = [c for c in parts if c not in d.device.capabilities]
+        for capability in missing:
+            seq = d.new([1, 2, 3])
+            plan = d.plan([(seq, 3)])
+            with pytest.raises(TwinferError):
+                d.runner.submit([replace(plan, **parts[capability])])
+            seq.opened = False
+            d.close(seq)
+        if Capability.REPLICAS not in d.device.capabilities:
+            plan = empty_plan(d.next_step(), d.bucket(0, 0))
+            with pytest.raises(TwinferError):
+                d.runner.submit([plan, plan])
+        seq = d.new([1, 2, 3])
+        with pytest.raises(TwinferError):  # adapters: no capability announces them yet
+            d.runner.submit([replace(d.plan([(seq, 3)]), adapter_slots=np.zeros(1, np.int32))])
+        seq.opened = False
+
+    @pytest.mark.parametrize("temperature", [0.0, 2.0])
+    def test_late_mask(self, d: Driver, temperature: float) -> None:
+        """Only allowed ids come out; a row without a mask is free; the next step may be submitted before the mask."""
+        self.need(d, Capability.LATE_MASK)
+        prompts = [d.prompt(9), d.prompt(4)]
+        sampling = {"temperature": temperature, "seed": 2}
+        allowed = [(7, 66, 198), (0, 31, 32)]
+        wanted = self.alone(d, prompts[0], 3, **sampling)
+        free, bound = d.new(prompts[0], num_logprobs=0, **sampling), d.new(prompts[1], **sampling)
+        late = []
+        for turn in range(2):
+            plan = d.plan([(s, s.left if turn == 0 else 1) for s in (free, bound)], late_mask=True)
+            late.append(d.submit(plan))
+            if turn == 0 and d.config.max_in_flight < 2:
+                self.mask(d, late[0], allowed[0])
+                d.collect(late.pop(0))
+        for handle, ids in zip(late, allowed[-len(late) :], strict=True):
+            self.mask(d, handle, ids)
+            d.collect(handle)
+        d.generate([free, bound], 3)
+        self.same(free, wanted)
+        assert bound.outputs[0] in allowed[0] and bound.outputs[1] in allowed[1]
+
+    def mask(self, d: Driver, handle: object, ids: Sequence[int]) -> None:
+        """Row 1 may take only `ids`."""
+        bits = np.zeros((1, -(-d.arch.vocab_size // 32)), np.uint32)
+        for v in ids:
+            bits[0, v // 32] |= np.uint32(1 << (v % 32))
+        d.runner.provide_mask(handle, np.array([1], np.int32), bits)
+
+    def test_late_mask_of_the_likeliest_allowed(self, d: Driver) -> None:
+        self.need(d, Capability.LATE_MASK)
+        prompt = d.prompt(5)
+        pair, other = d.new(d.prompt(2)), d.new(prompt, num_logprobs=5)
+        handle = d.submit(d.plan([(pair, 2), (other, 5)], late_mask=True))
+        self.mask(d, handle, range(d.arch.vocab_size))
+        result = d.collect(handle)
+        assert result.logprobs is not None
+        third = int(result.logprobs.top_ids[1, 2])
+        other = d.new(prompt)
+        pair = d.new(d.prompt(2))
+        handle = d.submit(d.plan([(pair, 2), (other, 5)], late_mask=True))
+        self.mask(d, handle, [third, int(result.logprobs.top_ids[1, 4])])
+        d.collect(handle)
+        assert other.outputs == [third]
+
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    def test_several_turns_on_the_device(self, d: Driver, temperature: float) -> None:
+        """k turns give what k steps give; stop ids and max_outputs end a row early."""
+        self.need(d, Capability.MULTI_STEP)
+        sampling = {"temperature": temperature, "seed": 5}
+        prompts = [d.prompt(5), d.prompt(17), d.prompt(30)]
+        wanted = [self.alone(d, p, 9, **sampling) for p in prompts]
+        stop = wanted[1].outputs[3]
+        early = wanted[1].outputs.index(stop) + 1  # outputs of a row that ends at `stop`
+        more = [{}, {"stop_ids": (stop,)}, {"max_outputs": 3}]
+        seqs = [d.new(p, num_logprobs=0, **sampling, **m) for p, m in zip(prompts, more, strict=True)]
+        d.step([(s, s.left) for s in seqs])
+        result = d.step([(s, 1) for s in seqs], num_steps=8)
+        assert result.tokens.shape == (3, 8)
+        assert result.num_sampled.tolist() == [8, max(0, early - 1) if early > 1 else 8, 2]
+        self.same(seqs[0], wanted[0])
+        assert seqs[1].outputs == wanted[1].outputs[: early if early > 1 else 9]
+        assert seqs[2].outputs == wanted[2].outputs[:3]
+
+    def test_drafts_change_nothing_but_the_pace(self, d: Driver) -> None:
+        """Right drafts are accepted, wrong ones cost nothing, and the tokens are those of plain steps."""
+        self.need(d, Capability.DRAFTS)
+        for temperature in (0.0, 1.0):
+            prompt = d.prompt(11)
+            wanted = self.alone(d, prompt, 10, temperature=temperature, seed=3)
+            seq = d.new(prompt, temperature=temperature, seed=3)
+            d.step([(seq, 11)])
+            right = wanted.outputs[1:4]
+            assert d.collect(d.submit(d.draft_plan([(seq, right)]))).num_sampled.tolist() == [4]
+            wrong = [wanted.outputs[5], (wanted.outputs[6] + 1) % d.arch.vocab_size, wanted.outputs[7]]
+            assert d.collect(d.submit(d.draft_plan([(seq, wrong)]))).num_sampled.tolist() == [2]
+            d.generate([seq], 10)
+            assert seq.outputs[:10] == wanted.outputs
+            d.close(seq)
+
+    def test_sampler_none_and_greedy_agree_with_full(self, d: Driver) -> None:
+        prompt = d.prompt(13)
+        seq = d.new(prompt, num_logprobs=0)
+        plan = d.plan([(seq, 13)])
+        assert plan.sampler is Sampler.GREEDY
+        d.collect(d.submit(replace(plan, sampler=Sampler.FULL)))
+        d.generate([seq], OUTPUTS)
+        self.same(seq, self.alone(d, prompt))
