@@ -1,0 +1,55 @@
+"""The devices of this process: which they are, how much memory they have, what the runner can do with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+
+from engine.errors import ConfigError
+from engine.runner import Capability, DeviceInfo
+
+CAPABILITIES = frozenset({Capability.LATE_MASK, Capability.PROMPT_LOGPROBS})
+PAGE_TOKENS = {"cpu": 64, "gpu": 64, "tpu": 128}
+HOST_SHARE = 4  # a CPU runner takes a quarter of the free memory: the host is not the engine's alone
+
+
+def describe() -> DeviceInfo:
+    device = jax.devices()[0]
+    total, free = memory(device)
+    return DeviceInfo(
+        kind=device.platform,
+        name=device.device_kind if device.platform != "cpu" else "CPU",
+        num_devices=1,
+        memory_bytes=total,
+        free_bytes=free,
+        capabilities=CAPABILITIES,
+        max_in_flight=2,
+        page_tokens=PAGE_TOKENS.get(device.platform, 64),
+        default_dtype="float32" if device.platform == "cpu" else "bfloat16",
+        supported_dtypes=("float32", "bfloat16"),
+        bucket_style="pow2",
+    )
+
+
+def memory(device: jax.Device) -> tuple[int, int]:
+    """(total, free) bytes of a device; of the host for a CPU."""
+    if device.platform == "cpu":
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        kib = {name: int(text.split()[0]) for name, text in fields.items()}
+        return kib["MemTotal"] * 1024, kib["MemAvailable"] * 1024
+    stats = device.memory_stats() or {}
+    total = int(stats.get("bytes_limit", 0))
+    return total, total - int(stats.get("bytes_in_use", 0))
+
+
+def choose_device(requested: str) -> jax.Device:
+    """The device of `--device`. jax picks the platform when it is first used, so another one can only be refused."""
+    device = jax.devices()[0]
+    wanted = {"cuda": "gpu"}.get(requested, requested)
+    if wanted not in ("auto", device.platform):
+        name = {"gpu": "cuda"}.get(wanted, wanted)
+        raise ConfigError(
+            f"--device: {requested!r} was asked for and jax has {device.platform!r}; set JAX_PLATFORMS={name}"
+        )
+    return device

@@ -1,0 +1,260 @@
+"""The set of programs of one runner, the device state they hand on, and how each is called.
+
+`ProgramSet` knows which shapes are reachable: one forward program a token bucket (rows padded to the most that such a
+step can have), one sampling program a row count, and a handful of updates. Letters: T tokens · S rows · V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from backends.jax import sample, tables, updates
+from backends.jax.batch import Packer, Shape, packed_size
+from backends.jax.cache import COPIES, cache_shapes, copy_pages
+from backends.jax.compile import Name, Program, Programs
+from backends.jax.forward import HEAD_ROWS, Traits, forward
+from engine.runner import Progress, RunnerConfig
+from engine.specs.cache import CacheLayout
+from engine.step import I32, U32, Bucket
+from jax_models.decoder import Decoder
+from pallas_kernels.dispatch import choose_kernel
+
+SCORE_BYTES = 64 << 20
+"""Most scratch memory of one call that scores prompt tokens."""
+
+
+@dataclass(slots=True)
+class DeviceState:
+    """What programs hand on: each call takes these arrays and puts new ones in their place."""
+
+    caches: list[jax.Array]
+    rows: tables.Rows
+    tables: tables.Tables
+
+
+def score_rows(vocab_size: int) -> int:
+    """Prompt tokens scored by one call: bounded by bytes, three arrays as wide as the vocabulary each."""
+    return int(np.clip(SCORE_BYTES // (12 * vocab_size), 8, 64))
+
+
+class ProgramSet:
+    def __init__(
+        self, config: RunnerConfig, layout: CacheLayout, params: dict[str, Any], device: jax.Device
+    ) -> None:
+        self.layout = layout
+        self._config = config
+        self._params = params
+        self._device = device
+        self._compiled = Programs(device)
+        on_cpu = device.platform == "cpu"
+        # XLA:CPU multiplies a single bfloat16 row ten times slower than two
+        self._least = 2 if on_cpu and config.dtype == "bfloat16" else 1
+        self._traits = Traits(
+            arch=config.arch,
+            layout=layout,
+            max_model_len=config.max_model_len,
+            kernels=tuple(choose_kernel(device.platform, group.spec.head_size) for group in layout.groups),
+            null_slot=config.max_slots,
+            block_rows=HEAD_ROWS if on_cpu else max(config.row_buckets) + HEAD_ROWS,
+        )
+        self._packers = {
+            tokens: Packer(self.shape(tokens), config.max_slots) for tokens in sorted(set(config.token_buckets))
+        }
+        self._no_mask: dict[int, jax.Array] = {}
+
+    def __len__(self) -> int:
+        return len(self._compiled)
+
+    @staticmethod
+    def workspace_bytes(config: RunnerConfig) -> int:
+        """An upper estimate of what the largest step needs beside weights and cache."""
+        arch, tokens, rows = config.arch, max(config.token_buckets), max(config.row_buckets)
+        widest = max(
+            8 * arch.hidden_size
+            + 6 * layer.ffn.size
+            + 4 * (layer.mixer.num_heads + 2 * layer.mixer.num_kv_heads) * layer.mixer.head_size
+            for layer in arch.layers
+        )
+        slots = config.max_slots + 1
+        sampler = slots * (4 * arch.vocab_size + arch.vocab_size // 8 + 24_000)
+        return 4 * tokens * widest + 24 * rows * arch.vocab_size + sampler + SCORE_BYTES
+
+    # shapes
+
+    def shape(self, bucket_tokens: int) -> Shape:
+        """The forward program that serves a token bucket: its rows are the most that so few tokens can have."""
+        tokens = max(bucket_tokens, self._least)
+        rows = max(self._least, min(tokens, max(self._config.row_buckets)))
+        if rows > HEAD_ROWS:
+            rows = -(-rows // HEAD_ROWS) * HEAD_ROWS
+        return Shape(tokens, rows, len(self.layout.groups))
+
+    def packer(self, bucket: Bucket) -> Packer:
+        return self._packers[bucket.tokens]
+
+    def _max_pages(self) -> tuple[int, ...]:
+        return tuple(-(-self._config.max_model_len // group.page_tokens) for group in self.layout.groups)
+
+    def _table_shapes(self) -> tuple[tables.Rows, tables.Tables]:
+        config = self._config
+        return tables.table_shapes(
+            config.max_slots, config.arch.vocab_size, self._max_pages(), config.sampler_limits
+        )
+
+    def fresh_state(self) -> DeviceState:
+        """Empty pages and tables, made on the device: memory that was handed over from the host cannot be donated."""
+        name: Name = ("fresh",)
+        shapes = (cache_shapes(self.layout, self._device.platform), *self._table_shapes())
+        if name not in self._compiled:
+            program = Program(name, lambda: jax.tree_util.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), ())
+            self._compiled.compile([program], lambda done: None)
+        return DeviceState(*self._compiled[name]())
+
+    # compiling
+
+    def compile(self, progress: Progress) -> None:
+        programs = [*self._forward_programs(), *self._sample_programs(), *self._update_programs()]
+        self._compiled.compile(programs, lambda done: progress("warm_up", done, len(programs)))
+        words = -(-self._config.arch.vocab_size // 32)
+        for packer in self._packers.values():
+            rows = packer.shape.rows
+            self._no_mask[rows] = jax.device_put(np.zeros((rows, words), np.uint32), self._device)
+
+    def _forward_programs(self) -> list[Program]:
+        rows, _ = self._table_shapes()
+        caches = cache_shapes(self.layout, self._device.platform)
+        hidden, vocab, dtype = self._config.arch.hidden_size, self._config.arch.vocab_size, self._config.dtype
+        chunk = score_rows(vocab)
+        programs: dict[Name, Program] = {}
+        for packer in self._packers.values():
+            shape = packer.shape
+            packed = jax.ShapeDtypeStruct((packed_size(shape),), np.int32)
+            name: Name = ("forward", shape.tokens)
+            function = partial(forward, traits=self._traits, shape=shape)
+            programs[name] = Program(name, function, (self._params, caches, rows, packed), donate=(1, 2))
+            states = jax.ShapeDtypeStruct((shape.tokens, hidden), dtype)
+            index = jax.ShapeDtypeStruct((chunk,), np.int32)
+            name = ("take", shape.tokens)
+            programs[name] = Program(name, lambda states, index: states[index], (states, index))
+        score = partial(self._score)
+        states = jax.ShapeDtypeStruct((chunk, hidden), dtype)
+        programs[("score",)] = Program(("score",), score, (self._params, states, jax.ShapeDtypeStruct((chunk,), np.int32)))
+        return list(programs.values())
+
+    def _score(self, params: dict[str, Any], states: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
+        decoder = Decoder(self._config.arch, params, self._config.max_model_len)
+        return sample.score(decoder.logits(states), targets, self._config.sampler_limits.max_logprobs)
+
+    def _sample_programs(self) -> list[Program]:
+        rows, sampler = self._table_shapes()
+        vocab = self._config.arch.vocab_size
+        function = partial(
+            sample.sampling, block=self._traits.block_rows, num_top=self._config.sampler_limits.max_logprobs
+        )
+        programs = []
+        for size in sorted({packer.shape.rows for packer in self._packers.values()}):
+            args = (
+                jax.ShapeDtypeStruct((size, vocab), np.float32),
+                rows,
+                sampler,
+                jax.ShapeDtypeStruct((2 + size,), np.int32),
+                jax.ShapeDtypeStruct((size, -(-vocab // 32)), np.uint32),
+            )
+            programs.append(Program(("sample", size), function, args, donate=(1, 2)))
+        return programs
+
+    def _update_programs(self) -> list[Program]:
+        rows, sampler = self._table_shapes()
+        limits, vocab = self._config.sampler_limits, self._config.arch.vocab_size
+
+        def ints(*shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, np.int32)
+
+        def floats(*shape: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, np.float32)
+
+        one, bias, words, width = ints(1), limits.max_logit_bias, limits.max_bad_words, limits.max_bad_word_len - 1
+        opened = (
+            ints(updates.OPENED, tables.OPEN_INTS + limits.max_stop_ids),
+            floats(updates.OPENED, len(tables.SCALARS_F32)),
+        )
+        allowed = jax.ShapeDtypeStruct((-(-vocab // 32),), np.uint32)
+        extras: dict[str, tuple[Any, tuple[Any, ...]]] = {
+            "open_bias": (tables.open_bias, (one, ints(bias), floats(bias))),
+            "open_allowed": (tables.open_allowed, (one, allowed)),
+            "open_bad_words": (tables.open_bad_words, (one, ints(words, width), ints(words), ints(width))),
+            "open_counts": (tables.open_counts, (one, one, ints(updates.HISTORY), one)),
+        }
+        programs = [Program(("open",), tables.open_rows, (rows, sampler, *opened), donate=(0, 1))]
+        programs += [
+            Program((name,), function, (sampler, *args), donate=(0,)) for name, (function, args) in extras.items()
+        ]
+        for group in range(len(self.layout.groups)):
+            function = partial(set_group_pages, group)
+            programs.append(Program(("pages", group), function, (rows, ints(3, updates.DELTAS)), donate=(0,)))
+        for pool, cache in enumerate(cache_shapes(self.layout, self._device.platform)):
+            programs.append(Program(("copy", pool), copy_pages, (cache, ints(3, COPIES)), donate=(0,)))
+        return programs
+
+    # calls
+
+    def update(self, state: DeviceState, name: Name, arrays: tuple[Any, ...]) -> None:
+        """Run one update program (see backends/jax/updates.py)."""
+        program = self._compiled[name]
+        match name[0]:
+            case "open":
+                state.rows, state.tables = program(state.rows, state.tables, *arrays)
+            case "pages":
+                state.rows = program(state.rows, *arrays)
+            case "copy":
+                state.caches[name[1]] = program(state.caches[name[1]], *arrays)
+            case _:
+                state.tables = program(state.tables, *arrays)
+
+    def forward(self, state: DeviceState, tokens: int, packed: I32) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """-> logits f32 [S, V], hidden [T, D], flags i32 [3, S]."""
+        program = self._compiled["forward", tokens]
+        state.caches, state.rows, logits, hidden, flags = program(self._params, state.caches, state.rows, packed)
+        return logits, hidden, flags
+
+    def sample(
+        self, state: DeviceState, logits: jax.Array, slots: I32, uses: sample.Use, mask: U32 | None
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """-> ids i32 [S] and scores of the sampling rows. mask: u32 [n, W] of the n sampling rows."""
+        size = logits.shape[0]
+        packed = np.full(2 + size, self._config.max_slots, np.int32)
+        packed[0], packed[1] = uses, len(slots)
+        packed[2 : 2 + len(slots)] = slots
+        bits: Any = self._no_mask[size]
+        if mask is not None:
+            bits = np.zeros(bits.shape, np.uint32)
+            bits[: len(slots)] = mask
+        program = self._compiled["sample", size]
+        state.rows, state.tables, ids, scores = program(logits, state.rows, state.tables, packed, bits)
+        return ids, scores
+
+    def score(self, hidden: jax.Array, tokens: int, token_idx: I32, targets: I32) -> list[Any]:
+        """Scores of prompt tokens, a chunk a call."""
+        chunk = score_rows(self._config.arch.vocab_size)
+        take, score = self._compiled["take", tokens], self._compiled[("score",)]
+        pieces = []
+        for start in range(0, len(targets), chunk):
+            index, wanted = np.zeros(chunk, np.int32), np.zeros(chunk, np.int32)
+            piece = token_idx[start : start + chunk]
+            index[: len(piece)] = piece
+            wanted[: len(piece)] = np.clip(targets[start : start + chunk], 0, self._config.arch.vocab_size - 1)
+            pieces.append(score(self._params, take(hidden, index), wanted))
+        return pieces
+
+    def temp_bytes(self, name: Name) -> int:
+        return self._compiled.temp_bytes(name)
+
+
+def set_group_pages(group: int, rows: tables.Rows, parts: jax.Array) -> tables.Rows:
+    return tables.set_pages(rows, group, *jnp.unstack(parts))

@@ -1,0 +1,335 @@
+"""The JAX runner: engine/runner.py's ModelRunner over programs that were all compiled at warm-up.
+
+A step is a few program calls on device state that each call donates to the next: table updates, page copies, one forward
+program, and a sampling program unless the step is greedy. `submit` packs the plan and returns; jax runs behind it.
+Always true: steps reach the device in the order of submission, a step that waits for its mask holds up those behind it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from backends.jax import mesh
+from backends.jax.plans import check_plan
+from backends.jax.programs import DeviceState, ProgramSet
+from backends.jax.sample import Use
+from backends.jax.updates import Call, copy_calls, is_poisoned, open_calls, page_calls, row_uses
+from backends.jax.weights import load_params, param_bytes
+from engine.errors import ConfigError, StepFailed, check, fail
+from engine.runner import DeviceInfo, Placement, Progress, RunnerConfig
+from engine.specs.cache import CacheLayout
+from engine.specs.checkpoint import stream_params
+from engine.specs.weights import dummy_params
+from engine.step import I32, U32, Event, Logprobs, OpenedRows, RowError, Sampler, StepPlan, StepResult
+
+CLOSED = -1
+log = logging.getLogger("twinfer.jax")
+
+LOST = "the KV cache is gone"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Handle:
+    """Opaque to the engine; equal only to itself."""
+
+    step_id: int
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """A step between submit and collect. Holds copies of what it needs of its plan."""
+
+    handle: Handle
+    tokens: int  # bucket
+    num_rows: int
+    sampling_rows: I32  # rows that sample
+    slots: I32  # of the sampling rows
+    sampler: Sampler
+    uses: Use
+    num_logprobs: int
+    late: bool
+    poisoned: I32  # rows whose tables held ids outside the vocabulary
+    calls: list[Call]  # table updates, before the forward program
+    packed: I32
+    scored: tuple[I32, I32, int] | None  # prompt logprobs: token indexes, targets, top entries
+    mask: U32 | None = None
+    begun: bool = False
+    ended: bool = False
+    flags: Any = None  # device i32 [3, S]
+    logits: Any = None
+    sampled: Any = None  # device ids and scores of the sampling program
+    prompt_scores: list[Any] = field(default_factory=list)
+    failure: StepFailed | None = None
+
+
+class Runner:
+    def __init__(self) -> None:
+        self._steps: list[Step] = []
+        self._params: dict[str, Any] = {}
+        self._programs: ProgramSet | None = None
+        self._state: DeviceState | None = None
+
+    # life
+
+    def describe(self) -> DeviceInfo:
+        return mesh.describe()
+
+    def configure(self, config: RunnerConfig, place: Placement) -> None:
+        for name, value, only in (
+            ("num_replicas", config.num_replicas, 1),
+            ("process_count", place.process_count, 1),
+            ("tensor_size", place.tensor_size, 1),
+        ):
+            if value != only:
+                raise ConfigError(f"{name}: {value} is not supported by the jax backend yet; expected {only}")
+        if config.load_format == "orbax":
+            raise ConfigError("--load-format: 'orbax' is not supported by the jax backend yet; use safetensors")
+        if not config.token_buckets or not config.row_buckets:
+            raise ConfigError("token_buckets and row_buckets: () is not accepted; jax compiles a program a shape")
+        if config.num_threads and config.num_threads != len(os.sched_getaffinity(0)):
+            # the pool exists since jax started; CPUs can be taken from it from outside only
+            log.warning("num_threads: jax uses every CPU of the process; limit it with taskset -c")
+        self._config = config
+        self._device = mesh.choose_device(config.device)
+        self._generation = np.full(config.max_slots, CLOSED, np.int64)
+        self._uses = np.zeros(config.max_slots, np.int32)
+        self._poisoned = np.zeros(config.max_slots, np.bool_)
+
+    def load(self, checkpoint: Path | None, progress: Progress | None = None) -> None:
+        config = self._config
+        if config.load_format == "dummy":
+            stream = dummy_params(config.arch, config.seed)
+        else:
+            check(checkpoint is not None, "load needs a checkpoint unless the weights are dummies")
+            stream = stream_params(Path(str(checkpoint)), config.arch, progress)
+        self._params = load_params(config.arch, stream, config.dtype, self._device)
+
+    def cache_budget_bytes(self) -> int:
+        total, free = mesh.memory(self._device)
+        workspace = ProgramSet.workspace_bytes(self._config)
+        if self._device.platform == "cpu":
+            return max(0, (free - workspace) // mesh.HOST_SHARE)
+        return max(0, total - param_bytes(self._params) - workspace)
+
+    def allocate_cache(self, layout: CacheLayout) -> None:
+        self._programs = ProgramSet(self._config, layout, self._params, self._device)
+        self._state = self._programs.fresh_state()
+
+    def warm_up(self, progress: Progress | None = None) -> None:
+        self._ready().compile(progress or (lambda phase, done, total: None))
+
+    def num_compiles(self) -> int:
+        return 0 if self._programs is None else len(self._programs)
+
+    def shutdown(self) -> None:
+        self._steps.clear()
+        self._params, self._programs, self._state = {}, None, None
+
+    def _ready(self) -> ProgramSet:
+        if self._programs is None:
+            fail("allocate_cache comes first")
+        return self._programs
+
+    # steps
+
+    def submit(self, plans: Sequence[StepPlan]) -> Handle:
+        programs = self._ready()
+        check(len(self._steps) < self._config.max_in_flight, f"{len(self._steps)} steps are in flight already")
+        check(len(plans) == 1, f"{len(plans)} plans for 1 replica")
+        plan = plans[0]
+        check_plan(plan, self._config)
+        calls = self._table_calls(plan)
+        step = self._describe_step(plan, calls, programs)
+        self._steps.append(step)
+        self._advance()
+        return step.handle
+
+    def provide_mask(self, handle: Handle, rows: I32, bits: U32) -> None:
+        step = self._find(handle)
+        check(step.late, f"step {handle.step_id} was not submitted with a late mask")
+        check(step.mask is None, f"step {handle.step_id} has its mask already")
+        words = -(-self._config.arch.vocab_size // 32)
+        check(bits.shape == (len(rows), words), f"mask bits {bits.shape} for {len(rows)} rows of {words} words")
+        check(not len(rows) or (rows.min() >= 0 and rows.max() < step.num_rows), f"mask rows {rows.tolist()}")
+        by_row = np.full((step.num_rows, words), 0xFFFFFFFF, np.uint32)
+        by_row[rows] = bits
+        step.mask = by_row[step.sampling_rows]
+        step.uses |= Use.MASK if len(rows) else Use.NONE
+        self._advance()
+
+    def collect(self, handle: Handle) -> Sequence[StepResult]:
+        step = self._find(handle)
+        check(step is self._steps[0], f"step {handle.step_id} is collected before {self._steps[0].handle.step_id}")
+        check(step.ended or step.mask is not None or not step.late, f"step {handle.step_id} waits for its mask")
+        self._steps.pop(0)
+        if step.failure is not None:
+            raise step.failure
+        try:
+            return (self._result(step),)
+        except jax.errors.JaxRuntimeError as error:
+            raise self._lose(error) from error
+
+    def poll(self) -> list[Event]:
+        return []
+
+    def _find(self, handle: Handle) -> Step:
+        for step in self._steps:
+            if step.handle is handle:
+                return step
+        raise KeyError(f"step {handle.step_id} is not in flight")
+
+    def _table_calls(self, plan: StepPlan) -> list[Call]:
+        """Calls for tenancies and page copies; keeps the host's mirror of the slots."""
+        calls: list[Call] = []
+        config = self._config
+        if plan.closed is not None:
+            check((self._generation[plan.closed] != CLOSED).all(), f"step {plan.step_id} closes a slot that is not open")
+            self._generation[plan.closed] = CLOSED
+        if plan.opened is not None:
+            self._open(plan.opened)
+            calls += open_calls(plan.opened, config.sampler_limits, config.arch.vocab_size, config.max_slots)
+        same = self._generation[plan.slots] == plan.generation
+        check(same.all(), f"step {plan.step_id} uses slots {plan.slots[~same].tolist()} of another generation")
+        if plan.copies is not None:
+            calls += copy_calls(plan.copies)
+        return calls
+
+    def _open(self, opened: OpenedRows) -> None:
+        self._generation[opened.slots] = opened.generation
+        for i, slot in enumerate(opened.slots.tolist()):
+            self._uses[slot] = row_uses(opened.sampling, i)
+            self._poisoned[slot] = is_poisoned(opened.sampling, i, self._config.arch.vocab_size)
+
+    def _describe_step(self, plan: StepPlan, calls: list[Call], programs: ProgramSet) -> Step:
+        """The step with everything copied out of the plan."""
+        sampling_rows = np.flatnonzero(plan.num_logits).astype(np.int32)
+        slots = plan.slots[sampling_rows]
+        uses = Use(int(np.bitwise_or.reduce(self._uses[slots], initial=0))) if plan.sampler is Sampler.FULL else Use.NONE
+        if plan.num_logprobs >= 0:
+            uses |= Use.LOGPROBS
+        greedy = plan.sampler is Sampler.GREEDY and not plan.late_mask and plan.num_logprobs < 0
+        packer = programs.packer(plan.bucket)
+        riding = []
+        for group in range(len(programs.layout.groups)):
+            delta = plan.page_deltas[group] if plan.page_deltas else None
+            if delta is not None and len(delta.slots) > packer.shape.deltas:
+                calls += page_calls(group, delta, self._config.max_slots)
+                delta = None
+            riding.append(delta)
+        scored = plan.prompt_logprobs
+        return Step(
+            handle=Handle(plan.step_id),
+            tokens=packer.shape.tokens,
+            num_rows=plan.num_rows,
+            sampling_rows=sampling_rows,
+            slots=slots,
+            sampler=plan.sampler,
+            uses=uses,
+            num_logprobs=plan.num_logprobs,
+            late=plan.late_mask,
+            poisoned=np.flatnonzero(self._poisoned[plan.slots]).astype(np.int32),
+            calls=calls,
+            packed=packer.pack(plan, tuple(riding), greedy),
+            scored=None if scored is None else (scored.token_idx.copy(), scored.targets.copy(), scored.num_top),
+        )
+
+    def _advance(self) -> None:
+        """Hand to the device what can go, in order."""
+        for step in self._steps:
+            if step.ended:
+                continue
+            try:
+                if not step.begun:
+                    self._begin(step)
+                if step.late and step.mask is None:
+                    return
+                self._finish(step)
+            except (jax.errors.JaxRuntimeError, RuntimeError) as error:
+                step.failure = self._lose(error)
+            step.ended = True
+
+    def _begin(self, step: Step) -> None:
+        """Table updates, copies, the forward program, and the scores of prompt tokens."""
+        programs, state = self._ready(), self._device_state()
+        step.begun = True
+        for name, arrays in step.calls:
+            programs.update(state, name, arrays)
+        step.logits, hidden, step.flags = programs.forward(state, step.tokens, step.packed)
+        if step.scored is not None:
+            token_idx, targets, _ = step.scored
+            step.prompt_scores = programs.score(hidden, step.tokens, token_idx, targets)
+
+    def _finish(self, step: Step) -> None:
+        """The sampling program, unless the forward program has sampled or no row samples."""
+        plain = step.sampler is Sampler.GREEDY and not step.late and step.num_logprobs < 0
+        if len(step.slots) and not plain:
+            step.sampled = self._ready().sample(self._device_state(), step.logits, step.slots, step.uses, step.mask)
+        step.logits = None
+
+    def _device_state(self) -> DeviceState:
+        if self._state is None:
+            fail("allocate_cache comes first")
+        return self._state
+
+    def _lose(self, error: Exception) -> StepFailed:
+        """The failed program had been given the cache: begin again with empty pages and closed slots."""
+        self._state = self._ready().fresh_state()
+        self._generation[:] = CLOSED
+        return StepFailed(f"{type(error).__name__}: {str(error).splitlines()[0][:200]}; {LOST}", cache_lost=True)
+
+    # results
+
+    def _result(self, step: Step) -> StepResult:
+        """Waits for the device. Raises what the device raised."""
+        flags = np.asarray(step.flags)  # i32 [3, S]
+        count = len(step.sampling_rows)
+        ids = flags[0] if step.sampled is None else np.asarray(step.sampled[0])
+        num_sampled = np.zeros(step.num_rows, np.int32)
+        tokens = np.zeros((step.num_rows, 1), np.int32)
+        error = np.zeros(step.num_rows, np.uint8)
+        num_sampled[step.sampling_rows] = 1
+        tokens[step.sampling_rows, 0] = ids[:count]
+        error[step.sampling_rows[flags[1, :count] != 0]] = RowError.NON_FINITE
+        error[flags[2, : step.num_rows] != 0] = RowError.BAD_TOKEN_ID
+        error[step.poisoned] = RowError.BAD_TOKEN_ID
+        logprobs = None
+        if step.num_logprobs >= 0 and step.sampled is not None:
+            logprobs = scatter(step.sampled[1], step.sampling_rows, step.num_rows, step.num_logprobs)
+        return StepResult(
+            step_id=step.handle.step_id,
+            num_sampled=num_sampled,
+            tokens=tokens,
+            error=error,
+            logprobs=logprobs,
+            prompt_logprobs=None if step.scored is None else gather(step.prompt_scores, *step.scored[1:]),
+        )
+
+
+def scatter(scores: tuple[Any, ...], rows: I32, num_rows: int, num_top: int) -> Logprobs:
+    """Scores of the sampling rows, spread over all rows. scores: f32 [S], i32 [S], i32 [S, k], f32 [S, k]."""
+    chosen, rank, ids, top = (np.asarray(part)[: len(rows)] for part in scores)
+    result = Logprobs(
+        chosen=np.zeros(num_rows, np.float32),
+        rank=np.zeros(num_rows, np.int32),
+        top_ids=np.full((num_rows, num_top), -1, np.int32),
+        top=np.full((num_rows, num_top), -np.inf, np.float32),
+    )
+    result.chosen[rows], result.rank[rows] = chosen, rank
+    result.top_ids[rows], result.top[rows] = ids[:, :num_top], top[:, :num_top]
+    return result
+
+
+def gather(pieces: list[Any], targets: I32, num_top: int) -> Logprobs:
+    """Scores of prompt tokens, piece after piece. targets: i32 [M]."""
+    count = len(targets)
+    parts = [[np.asarray(part) for part in piece] for piece in pieces]
+    chosen, rank, ids, top = (np.concatenate(column)[:count] for column in zip(*parts, strict=True))
+    return Logprobs(chosen=chosen, rank=rank, top_ids=ids[:, :num_top], top=top[:, :num_top])

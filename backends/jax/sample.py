@@ -1,0 +1,267 @@
+"""The sampler, on the device: processors, temperature, min-p, top-k, top-p and Philox noise, without sorting.
+
+Traced by compile.py. The order of operations is that of docs/contract.md (section Sampling), the same as in
+backends/torch/sample.py. One program serves every mixture of rows: a part that no row of the step uses is skipped by a
+condition on `uses`. Letters: B rows of a block · V vocabulary · W = ceil(V / 32).
+"""
+
+from __future__ import annotations
+
+from enum import IntFlag
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from backends.jax.tables import IN_PROMPT, Rows, Tables, advance, remember
+
+PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
+PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
+SAMPLING_STREAM = 0
+
+
+class Use(IntFlag):
+    """What a row (on the host: a slot) needs of the sampler; a step needs what any of its rows needs."""
+
+    NONE = 0
+    ALLOWED = 1
+    BAD_WORDS = 2
+    MIN_TOKENS = 4
+    BIAS = 8
+    PENALTIES = 16
+    RANDOM = 32
+    MIN_P = 64
+    TOP_K = 128
+    TOP_P = 256
+    MASK = 512
+    LOGPROBS = 1024
+
+
+def pick(logits: Array, slots: Array, mask: Array, rows: Rows, tables: Tables, uses: Array) -> Array:
+    """Token ids i32 [B]. logits: f32 [B, V]; slots: i32 [B]; mask: u32 [B, W]; uses: i32 [] of Use bits."""
+
+    def used(use: Use) -> Array:
+        return uses & int(use) != 0
+
+    def process(x: Array) -> Array:
+        x = lax.cond(used(Use.MASK), lambda x: allow(x, mask), lambda x: x, x)
+        x = lax.cond(used(Use.ALLOWED), lambda x: allow_listed(x, slots, tables), lambda x: x, x)
+        x = lax.cond(used(Use.BAD_WORDS), lambda x: ban_words(x, slots, tables), lambda x: x, x)
+        x = lax.cond(used(Use.MIN_TOKENS), lambda x: ban_stops(x, slots, rows, tables), lambda x: x, x)
+        x = lax.cond(used(Use.BIAS), lambda x: add_bias(x, slots, tables), lambda x: x, x)
+        return lax.cond(used(Use.PENALTIES), lambda x: penalise(x, slots, tables), lambda x: x, x)
+
+    def draw(x: Array) -> Array:
+        temperature = tables.temperature[slots][:, None]
+        warm = x / jnp.where(temperature > 0, temperature, 1.0)
+        warm = lax.cond(used(Use.MIN_P), lambda x: keep_likely(x, tables.min_p[slots]), lambda x: x, warm)
+        warm = lax.cond(used(Use.TOP_K), lambda x: keep_top_k(x, tables.top_k[slots]), lambda x: x, warm)
+        warm = lax.cond(used(Use.TOP_P), lambda x: keep_top_p(x, tables.top_p[slots]), lambda x: x, warm)
+        noise = gumbel(tables.seed[slots], rows.num_outputs[slots], x.shape[1])
+        return jnp.where(temperature > 0, warm + noise, x)
+
+    processors = Use.MASK | Use.ALLOWED | Use.BAD_WORDS | Use.MIN_TOKENS | Use.BIAS | Use.PENALTIES
+    x = lax.cond(used(processors), process, lambda x: x, logits)
+    x = lax.cond(used(Use.RANDOM), draw, lambda x: x, x)
+    return argmax(x)
+
+
+def argmax(x: Array) -> Array:
+    """The first index of the largest value, i32 [B]; index 0 where a row holds NaN. x: f32 [B, V]."""
+    ids = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    first = jnp.min(jnp.where(x == jnp.max(x, axis=1, keepdims=True), ids, x.shape[1]), axis=1)
+    return jnp.where(first < x.shape[1], first, 0)
+
+
+def allow(x: Array, mask: Array) -> Array:
+    """Drop ids whose bit is not set. x: f32 [B, V]; mask: u32 [B, W]."""
+    bits = (mask[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & jnp.uint32(1)
+    return jnp.where(bits.reshape(mask.shape[0], -1)[:, : x.shape[1]] == 1, x, -jnp.inf)
+
+
+def allow_listed(x: Array, slots: Array, tables: Tables) -> Array:
+    listed = allow(x, tables.allowed[slots])
+    return jnp.where(tables.has_allowed[slots][:, None] != 0, listed, x)
+
+
+def ban_words(x: Array, slots: Array, tables: Tables) -> Array:
+    """Drop the last id of each bad word whose first ids were just generated."""
+    prefix, last = tables.bad_prefix[slots], tables.bad_last[slots]  # [B, words, len - 1], [B, words]
+    matches = jnp.all((prefix == -1) | (prefix == tables.tail[slots][:, None, :]), axis=2) & (last >= 0)
+    return drop(x, jnp.where(matches, last, -1))
+
+
+def drop(x: Array, ids: Array) -> Array:
+    """Drop the named ids. ids: i32 [B, n], -1 = none."""
+    target = jnp.where(ids >= 0, ids, x.shape[1])  # out of bounds: ignored
+    return x.at[jnp.arange(x.shape[0])[:, None], target].set(-jnp.inf, mode="drop")
+
+
+def ban_stops(x: Array, slots: Array, rows: Rows, tables: Tables) -> Array:
+    early = rows.num_outputs[slots] < tables.min_tokens[slots]
+    return drop(x, jnp.where(early[:, None], tables.stop_ids[slots], -1))
+
+
+def add_bias(x: Array, slots: Array, tables: Tables) -> Array:
+    ids = tables.bias_ids[slots]
+    target = jnp.where(ids >= 0, ids, x.shape[1])
+    return x.at[jnp.arange(x.shape[0])[:, None], target].add(tables.bias_values[slots], mode="drop")
+
+
+def penalise(x: Array, slots: Array, tables: Tables) -> Array:
+    """Repetition over prompt and output ids, then frequency and presence over output ids."""
+    counts = tables.counts[slots]  # [B, V]
+    outputs = (counts & (IN_PROMPT - 1)).astype(jnp.float32)
+    factor = tables.repetition[slots][:, None]
+    x = jnp.where(counts != 0, jnp.where(x > 0, x / factor, x * factor), x)
+    x = x - tables.frequency[slots][:, None] * outputs
+    return x - tables.presence[slots][:, None] * (outputs > 0)
+
+
+def keep_likely(x: Array, min_p: Array) -> Array:
+    """Drop ids whose probability is under min_p times the largest. min_p: f32 [B], 0 = off."""
+    floor = jnp.max(x, axis=1) + jnp.log(min_p)  # log 0 = -inf keeps all
+    return jnp.where(x < floor[:, None], -jnp.inf, x)
+
+
+def keep_top_k(x: Array, top_k: Array) -> Array:
+    """Keep the top_k largest, ties at the threshold included. top_k: i32 [B], 0 = off."""
+    keys = sortable(x)
+    vocab = x.shape[1]
+    wanted = jnp.where((top_k > 0) & (top_k < vocab), top_k, vocab)
+
+    def enough(threshold: Array) -> Array:
+        return jnp.sum(keys >= threshold[:, None], axis=1) >= wanted
+
+    return jnp.where(keys < bisect(enough, x.shape[0])[:, None], -jnp.inf, x)
+
+
+def keep_top_p(x: Array, top_p: Array) -> Array:
+    """Keep the smallest set of likeliest ids whose probability reaches top_p, ties included. top_p: f32 [B], 1 = off."""
+    keys = sortable(x)
+    weights = jnp.exp(x - jnp.max(x, axis=1, keepdims=True))
+    wanted = top_p * jnp.sum(weights, axis=1)
+
+    def enough(threshold: Array) -> Array:
+        return jnp.sum(jnp.where(keys >= threshold[:, None], weights, 0.0), axis=1) >= wanted
+
+    kept = jnp.where(keys < bisect(enough, x.shape[0])[:, None], -jnp.inf, x)
+    return jnp.where(top_p[:, None] < 1, kept, x)
+
+
+def sortable(x: Array) -> Array:
+    """int32 keys in the order of the floats."""
+    x = x + 0.0  # -0 and 0 are equal
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+
+
+def bisect(enough, rows: int) -> Array:  # noqa: ANN001 - a closure over [B, V] keys
+    """The largest int32 threshold a row for which `enough` holds; it holds for the smallest int32. -> i32 [B]."""
+    low = jnp.full((rows,), jnp.iinfo(jnp.int32).min, jnp.int32)
+    high = jnp.full((rows,), jnp.iinfo(jnp.int32).max, jnp.int32)
+
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        # the upper middle of the two, without overflow: (low | high) - ((low ^ high) >> 1)
+        middle = (low | high) - ((low ^ high) >> 1)
+        ok = enough(middle)
+        return jnp.where(ok, middle, low), jnp.where(ok, high, middle - 1)
+
+    return lax.fori_loop(0, 32, halve, (low, high))[0]
+
+
+def gumbel(seed: Array, output_idx: Array, vocab_size: int) -> Array:
+    """f32 [B, V] standard Gumbel noise of row i's output number output_idx[i]. seed: u32 [B, 2], low word first."""
+    blocks = -(-vocab_size // 4)
+    shape = (seed.shape[0], blocks)
+    lanes = jnp.arange(blocks, dtype=jnp.uint32)
+    counter = (
+        jnp.broadcast_to(output_idx.astype(jnp.uint32)[:, None], shape),
+        jnp.broadcast_to(lanes[None, :], shape),
+        jnp.full(shape, SAMPLING_STREAM, jnp.uint32),
+        jnp.zeros(shape, jnp.uint32),
+    )
+    bits = jnp.stack(philox(counter, (seed[:, :1], seed[:, 1:])), axis=-1).reshape(shape[0], -1)[:, :vocab_size]
+    # 23 bits: with 24 the largest draw would round to u == 1 and its noise to infinity
+    uniform = ((bits >> 9).astype(jnp.float32) + 0.5) * jnp.float32(2.0**-23)
+    return -jnp.log(-jnp.log(uniform))
+
+
+def philox(counter: tuple[Array, ...], key: tuple[Array, Array]) -> tuple[Array, ...]:
+    """Philox-4x32-10 (Salmon et al., SC 2011). counter: four u32 words of one shape; key: two u32 words."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for turn in range(10):
+        if turn:
+            k0, k1 = k0 + jnp.uint32(PHILOX_W0), k1 + jnp.uint32(PHILOX_W1)
+        high0, low0 = multiply(PHILOX_M0, c0)
+        high1, low1 = multiply(PHILOX_M1, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+    return c0, c1, c2, c3
+
+
+def multiply(factor: int, x: Array) -> tuple[Array, Array]:
+    """High and low words of a 32 x 32 bit product, from 16-bit halves: there are no 64-bit integers here."""
+    a_high, a_low = jnp.uint32(factor >> 16), jnp.uint32(factor & 0xFFFF)
+    x_high, x_low = x >> 16, x & jnp.uint32(0xFFFF)
+    low = a_low * x_low
+    cross = a_high * x_low + (low >> 16)  # < 2^32
+    cross_low = a_low * x_high + (cross & jnp.uint32(0xFFFF))
+    high = a_high * x_high + (cross >> 16) + (cross_low >> 16)
+    return high, jnp.uint32(factor) * x
+
+
+def score(logits: Array, targets: Array, num_top: int) -> tuple[Array, Array, Array, Array]:
+    """Raw log-probabilities: of the targets f32 [B], their ranks i32 [B] from 1, and the top i32, f32 [B, num_top]."""
+    shift = jnp.max(logits, axis=1, keepdims=True)
+    norm = shift + jnp.log(jnp.sum(jnp.exp(logits - shift), axis=1, keepdims=True))
+    chosen = jnp.take_along_axis(logits, targets[:, None], axis=1)
+    rank = 1 + jnp.sum(logits > chosen, axis=1, dtype=jnp.int32)
+    if num_top == 0:
+        none = jnp.zeros((logits.shape[0], 0), jnp.float32)
+        return (chosen - norm)[:, 0], rank, none.astype(jnp.int32), none
+    top, ids = lax.top_k(logits, num_top)
+    return (chosen - norm)[:, 0], rank, ids.astype(jnp.int32), top - norm
+
+
+def sampling(
+    logits: Array, rows: Rows, tables: Tables, packed: Array, mask: Array, *, block: int, num_top: int
+) -> tuple[Rows, Tables, Array, tuple[Array, Array, Array, Array]]:
+    """The sampling program: -> (rows, tables, ids i32 [S], raw log-probabilities as `score` gives them).
+
+    logits: f32 [S, V]; packed: i32 [2 + S] Use bits, number of sampling rows, their slots; mask: u32 [S, W].
+    Rows are taken `block` at a time, so that padding costs no more than a block.
+    """
+    uses, num_logits, slots = packed[0], packed[1], packed[2:]
+    size = logits.shape[0]
+    block = min(block, size)
+
+    def run(first: Array) -> tuple[Array, tuple[Array, Array, Array, Array]]:
+        part = lax.dynamic_slice_in_dim(logits, first, block)
+        ids = pick(part, lax.dynamic_slice_in_dim(slots, first, block), lax.dynamic_slice_in_dim(mask, first, block),
+                   rows, tables, uses)
+        empty = empty_scores(block, num_top)
+        scores = lax.cond(uses & int(Use.LOGPROBS) != 0, lambda: score(part, ids, num_top), lambda: empty)
+        return ids, scores
+
+    def step(index: Array, done: tuple[Array, tuple[Array, ...]]) -> tuple[Array, tuple[Array, ...]]:
+        parts = run(index * block)
+        return jax.tree_util.tree_map(
+            lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, index * block, 0), done, parts
+        )
+
+    if size % block:
+        raise ValueError(f"{size} rows are not whole blocks of {block}")
+    empty = (jnp.zeros(size, jnp.int32), empty_scores(size, num_top))
+    ids, scores = run(jnp.int32(0)) if size == block else lax.fori_loop(0, (num_logits + block - 1) // block, step, empty)
+    return advance(rows, slots, ids), remember(tables, slots, ids), ids, scores
+
+
+def empty_scores(rows: int, num_top: int) -> tuple[Array, Array, Array, Array]:
+    return (
+        jnp.zeros(rows, jnp.float32),
+        jnp.zeros(rows, jnp.int32),
+        jnp.zeros((rows, num_top), jnp.int32),
+        jnp.zeros((rows, num_top), jnp.float32),
+    )

@@ -1,0 +1,87 @@
+"""Which kernel runs where: the only device branches of the JAX side.
+
+Called by jax_models (paged_attention) and by backends/jax (cache shapes and storage). Takes arrays and plain values.
+Letters: T tokens · S rows · N query heads · K KV heads · H head size · L layers of a pool · P pages of a pool.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels import cpu_attention, paged_attention as plain
+
+TILE_TOKENS = 128
+"""Query tokens of one prefill tile of the plain kernel."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What attention must do in this step for the layers of one group. Rows at or after num_rows are padding.
+
+    Row r owns tokens [query_starts[r], query_starts[r] + num_new[r]) of the step, at positions from num_computed[r] on.
+    """
+
+    kernel: str  # "plain" | "cpu"
+    page_tokens: int
+    num_rows: Array  # i32 []
+    page_table: Array  # i32 [S, max_pages]
+    query_starts: Array  # i32 [S]
+    num_new: Array  # i32 [S], 0 in padding
+    num_computed: Array  # i32 [S] tokens in the cache before this step
+    write_page: Array  # i32 [T], 0 = the null page in padding
+    write_offset: Array  # i32 [T]
+    decode_order: Array  # i32 [S] rows by length
+    tile_rows: Array  # i32 [tiles] row of each prefill tile
+    tile_starts: Array  # i32 [tiles] first token of each prefill tile
+    num_tiles: Array  # i32 []
+
+
+def choose_kernel(platform: str, head_size: int) -> str:
+    """platform: "cpu" | "gpu" | "tpu"."""
+    return "cpu" if platform == "cpu" and cpu_attention.available(head_size) else "plain"
+
+
+def cache_shape(
+    num_layers: int, num_pages: int, page_tokens: int, num_kv_heads: int, head_size: int
+) -> tuple[int, ...]:
+    """[L, P, 2, K, page, H]: keys, then values, of a page; a head's tokens lie together."""
+    return (num_layers, num_pages, 2, num_kv_heads, page_tokens, head_size)
+
+
+def cache_dtype(kv_dtype: str, platform: str) -> jnp.dtype:
+    """How the cache is stored: on the CPU bfloat16 lies as uint16 bits, XLA would widen the whole cache otherwise."""
+    return jnp.dtype("uint16" if kv_dtype == "bfloat16" and platform == "cpu" else kv_dtype)
+
+
+def max_tiles(num_tokens: int, num_rows: int) -> int:
+    """Most prefill tiles that a step of T tokens and S rows has: each row of more than one token ends one early."""
+    return -(-num_tokens // TILE_TOKENS) + min(num_rows, max(1, num_tokens // 2))
+
+
+def paged_attention(
+    q: Array, k: Array, v: Array, cache: Array, layer_index: int, work: Work, *,
+    scale: float, window: int | None = None, logit_cap: float | None = None,
+) -> tuple[Array, Array]:
+    """Write this step's keys and values into the pages, then attend. -> ([T, N, H] of q's dtype, cache).
+
+    q: [T, N, H]; k, v: [T, K, H]; cache: [L, P, 2, K, page, H], donated. A query at position p sees keys in
+    (p - window, p]. logit_cap: cap * tanh(logits / cap) before the softmax.
+    """
+    tokens, heads, size = q.shape
+    kv_heads = k.shape[1]
+    if k.shape != v.shape or k.shape != (tokens, kv_heads, size) or heads % kv_heads:
+        raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape} do not belong together")
+    if cache.shape[2:] != (2, kv_heads, work.page_tokens, size):
+        raise ValueError(f"cache {cache.shape} does not hold pages of {work.page_tokens} tokens of k {k.shape}")
+    attend = cpu_attention.paged_attention if work.kernel == "cpu" else plain.paged_attention
+    return attend(
+        q, k, v, cache, layer_index,
+        page_table=work.page_table, query_starts=work.query_starts, num_new=work.num_new,
+        num_computed=work.num_computed, num_rows=work.num_rows,
+        write_page=work.write_page, write_offset=work.write_offset, decode_order=work.decode_order,
+        tile_rows=work.tile_rows, tile_starts=work.tile_starts, num_tiles=work.num_tiles,
+        scale=scale, window=window, logit_cap=logit_cap,
+    )
