@@ -21,9 +21,11 @@ from engine.entrypoints.fields import (
     read_fields,
 )
 from engine.errors import InvalidValue, Unsupported
+from engine.frontend.chat import normalise
 from engine.params import RequestOutputKind, SamplingParams, check_value
 
 Prompt = str | list[int]
+MESSAGE_FIELDS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", "refusal", "reasoning"})
 
 
 @dataclass(slots=True, kw_only=True)
@@ -158,45 +160,19 @@ def read_template(given: dict[str, Any]) -> TemplateOptions:
 
 
 def read_messages(given: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Messages with content as one string: text parts are joined by newlines. Raises RequestError by path."""
+    """Messages as templates expect them, content as one string. Raises RequestError by path."""
     if not given.get("messages"):
         raise InvalidValue("messages: required; expected a non-empty list of messages", param="messages")
-    return [read_message(message, f"messages[{i}]") for i, message in enumerate(given["messages"])]
-
-
-def read_message(message: Any, path: str) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise InvalidValue(f"{path}: expected an object with role and content", param=path)
-    role = message.get("role")
-    if not isinstance(role, str) or not 0 < len(role) <= 64:
-        raise InvalidValue(f"{path}.role: expected a string such as 'user'", param=f"{path}.role")
-    for name, value in message.items():
-        if name not in ("role", "content", "name", "tool_calls", "tool_call_id", "refusal") and value is not None:
-            raise InvalidValue(f"{path}: {name[:64]!r} is not a field of a message", param=path)
-    if message.get("tool_calls"):
-        raise Unsupported(f"{path}.tool_calls: tools are not supported yet", param=f"{path}.tool_calls")
-    kept = {name: message[name] for name in ("name", "tool_call_id") if isinstance(message.get(name), str)}
-    return {"role": role, "content": read_content(message.get("content"), f"{path}.content"), **kept}
-
-
-def read_content(content: Any, path: str) -> str:
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise InvalidValue(f"{path}: expected a string or a list of text parts", param=path)
-    texts = []
-    for i, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("text", "input_text", "output_text", "refusal"):
-            shown = repr(kind[:64]) if isinstance(kind, str) else "this"
-            raise Unsupported(f"{path}[{i}]: {shown} parts are not supported; only text", param=f"{path}[{i}]")
-        text = part.get("refusal" if kind == "refusal" else "text")
-        if not isinstance(text, str):
-            raise InvalidValue(f"{path}[{i}].text: expected a string", param=f"{path}[{i}].text")
-        texts.append(text)
-    return "\n".join(texts)
+    for i, message in enumerate(given["messages"]):
+        path = f"messages[{i}]"
+        if not isinstance(message, dict):
+            raise InvalidValue(f"{path}: expected an object with role and content", param=path)
+        for name, value in message.items():
+            if name not in MESSAGE_FIELDS and value is not None:
+                raise InvalidValue(f"{path}: {name[:64]!r} is not a field of a message", param=path)
+        if not isinstance(message.get("role"), str) or not 0 < len(message["role"]) <= 64:
+            raise InvalidValue(f"{path}.role: expected a string such as 'user'", param=f"{path}.role")
+    return normalise(given["messages"])
 
 
 def read_prompts(value: Any) -> list[Prompt]:

@@ -132,7 +132,7 @@ async def test_bad_completion_bodies(app: App, body: bytes, code: str) -> None:
         None, [], "hi", [1], [{}], [{"role": 1}], [{"role": "user", "content": 1}], [{"role": "user", "hue": 1}],
         [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
         [{"role": "user", "content": [{"type": "text"}]}], [{"role": "assistant", "tool_calls": [{}]}],
-        [{"role": "user", "content": ["a"]}],
+        [{"role": "user", "content": [1]}],
     ],
 )  # fmt: skip
 async def test_bad_messages(app: App, messages: Any) -> None:
