@@ -1,7 +1,7 @@
 """Rotary frequencies of every RopeSpec kind, computed once at start-up.
 
-Each step is rounded to float32 where transformers rounds it, so the numbers are equal bit for bit: models were trained
-with them, and at position 100,000 one unit in the last place of a frequency is a hundredth of a radian. Both backends
+Each step is rounded to float32 where transformers rounds it, so the numbers agree to the last places: models were
+trained with them, and at position 100,000 one unit in the last place is a hundredth of a radian. Both backends
 and the numpy reference turn positions by `position * inv_freq` and multiply cos and sin by the returned factor. Kinds
 that depend on the sequence length (dynamic, longrope) are fixed by the model length that the engine serves, so that
 cached keys never change their meaning. Sources: YaRN (arXiv 2309.00071), LongRoPE (arXiv 2402.13753).

@@ -37,15 +37,14 @@ def gemma_decoder(
     *,
     family: Literal["gemma2", "gemma3"],
     shape: Shape,
-    rope: RopeSpec,
-    window_rope: RopeSpec | None,
+    ropes: tuple[RopeSpec, RopeSpec],
     pattern: int,
     caps: tuple[float | None, float | None],
     names: TensorNames,
 ) -> ArchSpec:
     """Gemma 2 and 3: sandwich norms with weight + 1, scaled embeddings, windows in all but every `pattern`th layer.
 
-    caps: soft caps of the attention logits and of the output logits.
+    ropes: of full layers, of layers with a window. caps: on the attention logits, on the output logits.
     """
     scalar = config.number("query_pre_attn_scalar", 256.0)
     bias = config.boolean("attention_bias", False)
@@ -59,7 +58,7 @@ def gemma_decoder(
             attention=attention(
                 config,
                 shape,
-                rope,
+                ropes[0],
                 scale=scalar**-0.5,
                 logit_cap=caps[0],
                 qk_norm=family == "gemma3",
@@ -67,7 +66,7 @@ def gemma_decoder(
                 out_bias=bias,
             ),
             windows=layer_windows(config, shape.num_layers, window, rule),
-            window_rope=window_rope,
+            window_rope=ropes[1],
             max_position=config.integer("max_position_embeddings", minimum=2),
             activation=activation(config, "hidden_activation", "gelu_pytorch_tanh"),
             norm_offset=1.0,
@@ -90,12 +89,12 @@ def parse_gemma2(config: Fields) -> ArchSpec:
     check_common(config, "Gemma2ForCausalLM")
     config.neutral("mlp_bias", (False,), "this model_type has no such bias")
     shape = parse_shape(config, {"head_dim": 256})
+    rope = parse_rope(config, head_size=shape.head_size)
     return gemma_decoder(
         config,
         family="gemma2",
         shape=shape,
-        rope=parse_rope(config, head_size=shape.head_size),
-        window_rope=None,
+        ropes=(rope, rope),
         pattern=2,
         caps=(soft_cap(config, "attn_logit_softcapping", 50.0), soft_cap(config, "final_logit_softcapping", 30.0)),
         names=TensorNames(),
@@ -147,8 +146,7 @@ def gemma3(config: Fields, names: TensorNames) -> ArchSpec:
         positions,
         family="gemma3",
         shape=shape,
-        rope=rope,
-        window_rope=local,
+        ropes=(rope, local),
         pattern=config.integer("sliding_window_pattern", config.integer("_sliding_window_pattern", 6)),
         caps=(None, config.optional_number("final_logit_softcapping")),
         names=names,
