@@ -230,7 +230,7 @@ def private_folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="twinfer-"))
     if len(bytes(folder)) > MAX_ENDPOINT_BYTES - len("/from_core"):
         folder.rmdir()
-        folder = Path(tempfile.mkdtemp(prefix="twinfer-", dir="/tmp"))  # noqa: S108  mkdtemp makes it ours, 0700
+        folder = Path(tempfile.mkdtemp(prefix="twinfer-", dir="/tmp"))
     return folder
 
 

@@ -67,7 +67,7 @@ class CoreChild:
 
     def _run(self, module: str, launch: CoreLaunch) -> None:
         try:
-            process = subprocess.Popen(  # noqa: S603  our own interpreter and module
+            process = subprocess.Popen(
                 [sys.executable, "-P", "-m", module],
                 stdin=subprocess.PIPE,
                 env=child_environment(),

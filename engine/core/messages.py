@@ -1,7 +1,7 @@
 """Typed messages between front ends and the engine core: msgspec structs over ZeroMQ (or by hand, in one process).
 
-Struct of arrays on the way out: one StepOutputs message a step, columns as raw little-endian bytes, so that neither side
-touches an object per token. No pickle, no extension types.
+Struct of arrays on the way out: one StepOutputs message a step, columns as raw little-endian bytes, so that neither
+side touches an object per token. No pickle, no extension types.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The engine core in a process of its own: `python -m engine.core.process`, started by ProcessClient.
 
-Reads a CoreLaunch from stdin, starts the core, then turns two ZeroMQ sockets into CoreLoop calls. Polls without blocking
-while there is work, blocks when idle. Always true: a message that cannot be decoded or handled fails at most the request
-it names; the process ends on Shutdown, on SIGTERM once the work is done, or when its parent has gone.
+Reads a CoreLaunch from stdin, starts the core, then turns two ZeroMQ sockets into CoreLoop calls. Polls without
+blocking while there is work, blocks when idle. Always true: a message that cannot be decoded or handled fails at most
+the request it names; the process ends on Shutdown, on SIGTERM once the work is done, or when its parent has gone.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ IDLE_POLL_MS = 500  # how late a SIGTERM is noticed when idle
 SPIN_S = 20e-6  # a step shorter than this, without output, did nothing: do not spin on it
 LINGER_MS = 2000  # how long the last messages may take to leave
 ORPHAN_GRACE_S = 2.0
+COPY_BYTES = 1 << 16  # larger frames are handed to ZeroMQ without a copy
 PR_SET_PDEATHSIG = 1
 
 
@@ -115,7 +116,7 @@ class CoreProcess:
     def send(self, message: FromCore) -> None:
         frame = self._encoder.encode(message)
         if len(frame) <= MAX_FRAME_BYTES:
-            self._outbox.send(frame, copy=len(frame) < 1 << 16)
+            self._outbox.send(frame, 0, len(frame) < COPY_BYTES)
             return
         if isinstance(message, StepOutputs) and message.prompt_logprobs:
             # only prompt logprobs can grow like this: fail their requests, keep everybody else's tokens
