@@ -33,7 +33,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Array, cos: Array | None, sin: Array | None, cache: Array, layer_index: int, work: Work
     ) -> tuple[Array, Array]:
-        """x: [T, D]; cos, sin: f32 [T, R / 2], None without rope -> ([T, D], cache with this step's keys and values)."""
+        """x: [T, D]; cos, sin: f32 [T, R / 2], None without rope -> ([T, D], cache with this step's tokens)."""
         spec = self.spec
         q, k, v = self.project(x)
         if spec.qk_norm:

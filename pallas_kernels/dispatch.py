@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import cpu_attention, paged_attention as plain
+from pallas_kernels import cpu_attention
+from pallas_kernels import paged_attention as plain
 
 TILE_TOKENS = 128
 """Query tokens of one prefill tile of the plain kernel."""

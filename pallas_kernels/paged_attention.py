@@ -75,6 +75,7 @@ class Limits:
 def write(k: Array, v: Array, cache: Array, layer_index: int, page: Array, offset: Array) -> Array:
     """Put keys and values of T tokens at (page, offset). k, v: [T, K, H]; page, offset: i32 [T]."""
     both = jnp.stack((k, v), axis=1)  # [T, 2, K, H]
+    both = jnp.where(jnp.isfinite(both), both, 0)  # a masked key has weight 0, and 0 * NaN would reach other rows
     if cache.dtype == jnp.uint16:
         both = lax.bitcast_convert_type(both.astype(jnp.bfloat16), jnp.uint16)
     # advanced indexes apart from each other move to the front: the value is [T, 2, K, H]
@@ -145,7 +146,7 @@ def attend_tiles(
     q: Array, out: Array, cache: Array, layer_index: int, rows: Rows, limits: Limits,
     tiles: tuple[Array, Array, Array, int],
 ) -> Array:
-    """Rows with several new tokens. q, out: f32 [T, K, G, H]; tiles: rows, first tokens, their number, tokens a tile."""
+    """Rows with several new tokens. q, out: f32 [T, K, G, H]; tiles: rows, first tokens, their number, tile size."""
     tile_rows, tile_starts, num_tiles, tile = tiles
     tokens, kv_heads, groups, size = q.shape
     page, max_pages = cache.shape[4], rows.page_table.shape[1]

@@ -40,10 +40,10 @@ def fields(shape: Shape) -> dict[str, int]:
     """Lengths of the packed parts, in order."""
     rows, tokens = shape.rows, shape.tokens
     sizes = {"num_rows": 1, "num_tokens": 1, "num_tiles": 1, "num_logits": 1, "greedy": 1}
-    sizes |= {name: rows for name in ("slots", "num_computed", "num_new", "starts", "order")}
+    sizes |= dict.fromkeys(("slots", "num_computed", "num_new", "starts", "order"), rows)
     # logits are computed for the rows that sample alone, one after another
     sizes |= {"logit_rows": rows, "logit_slots": rows}
-    sizes |= {name: tokens for name in ("token_ids", "positions", "token_rows")}
+    sizes |= dict.fromkeys(("token_ids", "positions", "token_rows"), tokens)
     sizes |= {"tile_rows": shape.tiles, "tile_starts": shape.tiles}
     for group in range(shape.groups):
         sizes |= {f"delta_{part}{group}": shape.deltas for part in ("slots", "columns", "pages")}

@@ -22,10 +22,12 @@ def check_plan(plan: StepPlan, config: RunnerConfig) -> None:
         (plan.adapter_slots is not None, "adapters"),
     ):
         check(not used, f"{step}: {name} was not announced")
-    check(plan.num_rows <= plan.bucket.rows, f"{step}: {plan.num_rows} rows in a bucket of {plan.bucket.rows}")
-    check(plan.num_tokens <= plan.bucket.tokens, f"{step}: {plan.num_tokens} tokens in a bucket of {plan.bucket.tokens}")
-    check(plan.bucket.tokens in config.token_buckets, f"{step}: no bucket of {plan.bucket.tokens} tokens")
-    check(plan.bucket.rows in config.row_buckets, f"{step}: no bucket of {plan.bucket.rows} rows")
+    for name, used, size, sizes in (
+        ("tokens", plan.num_tokens, plan.bucket.tokens, config.token_buckets),
+        ("rows", plan.num_rows, plan.bucket.rows, config.row_buckets),
+    ):
+        check(used <= size, f"{step}: {used} {name} in a bucket of {size}")
+        check(size in sizes, f"{step}: no bucket of {size} {name}")
     check(int(plan.num_new.sum()) == plan.num_tokens, f"{step}: num_new does not sum to {plan.num_tokens} tokens")
     check(plan.positions.shape == (1, plan.num_tokens), f"{step}: positions {plan.positions.shape}; expected one axis")
     check(not plan.num_rows or int(plan.num_logits.max()) <= 1, f"{step}: several logits a row, without drafts")
@@ -37,7 +39,6 @@ def check_plan(plan: StepPlan, config: RunnerConfig) -> None:
         check(scored.token_idx.shape == scored.targets.shape, f"{step}: prompt logprobs of unequal lengths")
         check(0 <= scored.num_top <= limit, f"{step}: {scored.num_top} prompt logprobs, the limit is {limit}")
     if plan.num_rows:
-        for name, slots in (("rows", plan.slots),):
-            check(slots.min() >= 0 and slots.max() < config.max_slots, f"{step}: {name}: slots {slots.tolist()}")
-        longest = int((plan.num_computed + plan.num_new).max())
-        check(longest <= config.max_model_len, f"{step}: a row of {longest} tokens, the limit is {config.max_model_len}")
+        slots, longest = plan.slots, int((plan.num_computed + plan.num_new).max())
+        check(slots.min() >= 0 and slots.max() < config.max_slots, f"{step}: slots {slots.tolist()}")
+        check(longest <= config.max_model_len, f"{step}: a row of {longest}, the limit is {config.max_model_len}")

@@ -142,9 +142,8 @@ class ProgramSet:
             index = jax.ShapeDtypeStruct((chunk,), np.int32)
             name = ("take", shape.tokens)
             programs[name] = Program(name, lambda states, index: states[index], (states, index))
-        score = partial(self._score)
-        states = jax.ShapeDtypeStruct((chunk, hidden), dtype)
-        programs[("score",)] = Program(("score",), score, (self._params, states, jax.ShapeDtypeStruct((chunk,), np.int32)))
+        states, targets = jax.ShapeDtypeStruct((chunk, hidden), dtype), jax.ShapeDtypeStruct((chunk,), np.int32)
+        programs[("score",)] = Program(("score",), self._score, (self._params, states, targets))
         return list(programs.values())
 
     def _score(self, params: dict[str, Any], states: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:

@@ -1,8 +1,8 @@
 """The JAX runner: engine/runner.py's ModelRunner over programs that were all compiled at warm-up.
 
-A step is a few program calls on device state that each call donates to the next: table updates, page copies, one forward
-program, and a sampling program unless the step is greedy. `submit` packs the plan and returns; jax runs behind it.
-Always true: steps reach the device in the order of submission, a step that waits for its mask holds up those behind it.
+A step is a few program calls on device state that each call donates to the next: table updates, page copies, one
+forward program, and a sampling program unless the step is greedy. `submit` packs the plan and returns; jax runs behind.
+Always true: steps reach the device in the order of submission; one that waits for its mask holds up those behind it.
 """
 
 from __future__ import annotations
@@ -191,7 +191,8 @@ class Runner:
         calls: list[Call] = []
         config = self._config
         if plan.closed is not None:
-            check((self._generation[plan.closed] != CLOSED).all(), f"step {plan.step_id} closes a slot that is not open")
+            is_open = self._generation[plan.closed] != CLOSED
+            check(is_open.all(), f"step {plan.step_id} closes slots {plan.closed[~is_open].tolist()}: not open")
             self._generation[plan.closed] = CLOSED
         if plan.opened is not None:
             self._open(plan.opened)
@@ -212,7 +213,9 @@ class Runner:
         """The step with everything copied out of the plan."""
         sampling_rows = np.flatnonzero(plan.num_logits).astype(np.int32)
         slots = plan.slots[sampling_rows]
-        uses = Use(int(np.bitwise_or.reduce(self._uses[slots], initial=0))) if plan.sampler is Sampler.FULL else Use.NONE
+        uses = Use.NONE
+        if plan.sampler is Sampler.FULL or plan.late_mask:
+            uses = Use(int(np.bitwise_or.reduce(self._uses[slots], initial=0)))
         if plan.num_logprobs >= 0:
             uses |= Use.LOGPROBS
         greedy = plan.sampler is Sampler.GREEDY and not plan.late_mask and plan.num_logprobs < 0
@@ -235,11 +238,20 @@ class Runner:
             uses=uses,
             num_logprobs=plan.num_logprobs,
             late=plan.late_mask,
-            poisoned=np.flatnonzero(self._poisoned[plan.slots]).astype(np.int32),
+            poisoned=self._poisoned_rows(plan),
             calls=calls,
             packed=packer.pack(plan, tuple(riding), greedy),
             scored=None if scored is None else (scored.token_idx.copy(), scored.targets.copy(), scored.num_top),
         )
+
+    def _poisoned_rows(self, plan: StepPlan) -> I32:
+        """Rows that name an id outside the vocabulary in their tables, or as the target of a prompt logprob."""
+        poisoned = self._poisoned[plan.slots]
+        if plan.prompt_logprobs is not None:
+            targets, index = plan.prompt_logprobs.targets, plan.prompt_logprobs.token_idx
+            outside = (targets < 0) | (targets >= self._config.arch.vocab_size)
+            poisoned[np.searchsorted(np.cumsum(plan.num_new), index[outside], side="right")] = True
+        return np.flatnonzero(poisoned).astype(np.int32)
 
     def _advance(self) -> None:
         """Hand to the device what can go, in order."""

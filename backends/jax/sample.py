@@ -137,7 +137,7 @@ def keep_top_k(x: Array, top_k: Array) -> Array:
 
 
 def keep_top_p(x: Array, top_p: Array) -> Array:
-    """Keep the smallest set of likeliest ids whose probability reaches top_p, ties included. top_p: f32 [B], 1 = off."""
+    """Keep the smallest set of likeliest ids whose sum reaches top_p, ties included. top_p: f32 [B], 1 = off."""
     keys = sortable(x)
     weights = jnp.exp(x - jnp.max(x, axis=1, keepdims=True))
     wanted = top_p * jnp.sum(weights, axis=1)
@@ -156,7 +156,7 @@ def sortable(x: Array) -> Array:
     return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
 
-def bisect(enough, rows: int) -> Array:  # noqa: ANN001 - a closure over [B, V] keys
+def bisect(enough, rows: int) -> Array:
     """The largest int32 threshold a row for which `enough` holds; it holds for the smallest int32. -> i32 [B]."""
     low = jnp.full((rows,), jnp.iinfo(jnp.int32).min, jnp.int32)
     high = jnp.full((rows,), jnp.iinfo(jnp.int32).max, jnp.int32)
@@ -254,7 +254,8 @@ def sampling(
     if size % block:
         raise ValueError(f"{size} rows are not whole blocks of {block}")
     empty = (jnp.zeros(size, jnp.int32), empty_scores(size, num_top))
-    ids, scores = run(jnp.int32(0)) if size == block else lax.fori_loop(0, (num_logits + block - 1) // block, step, empty)
+    blocks = (num_logits + block - 1) // block
+    ids, scores = run(jnp.int32(0)) if size == block else lax.fori_loop(0, blocks, step, empty)
     return advance(rows, slots, ids), remember(tables, slots, ids), ids, scores
 
 
