@@ -23,7 +23,7 @@ from backends.fake_model import FakeOptions
 from backends.fake_pages import PageContent
 from backends.fake_sampling import unpack_mask
 from backends.fake_transfers import TransferQueue
-from engine.errors import StepFailed, check
+from engine.errors import StepFailed, check, fail
 from engine.runner import Capability, DeviceInfo, Placement, Progress, RunnerConfig
 from engine.specs.cache import CacheLayout
 from engine.step import I32, U32, Event, StepPlan, StepResult
@@ -212,7 +212,7 @@ class Runner:
         for step in self._queue:
             if step.handle is handle:
                 return step
-        raise KeyError(f"step {handle.step_id} is not in flight")
+        fail(f"step {handle.step_id} is not in flight")
 
     def _check_unchanged(self, step: Pending) -> None:
         now = tuple(fingerprint(plan) for plan in step.plans)

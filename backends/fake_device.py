@@ -123,8 +123,8 @@ class Device:
         salt = self.read_media(plan)
         start = self.length[slots]
         self.check_bounds(plan, start, slack)
-        self.read_states(plan)
         context = self.read(slots, start)
+        self.read_states(plan)
         starts = query_starts(plan)
         row_of = np.repeat(np.arange(len(slots)), plan.num_new)  # [T]
         places = (start - starts[:-1])[row_of] + np.arange(plan.num_tokens, dtype=np.int32)
@@ -135,11 +135,11 @@ class Device:
         digest += (context - before)[row_of]
         parents = np.append(np.zeros(1, np.uint64), digest[:-1])
         parents[starts[:-1][plan.num_new > 0]] = context[plan.num_new > 0]
+        step = Forward(plan, start, tokens, digest, salt, error)
         if plan.drafts is not None:
-            self.grow_trees(plan, plan.drafts, tokens, digest, parents, start)
+            self.grow_trees(step, plan.drafts, parents)
         self.check_positions(plan, start, places, row_of)
         self.write(slots[row_of], places, tokens, digest, parents)
-        step = Forward(plan, start, tokens, digest, salt, error)
         self.length[slots] += plan.num_new
         if len(slots):
             self.chain[slots] = digest[starts[1:] - 1]
@@ -238,8 +238,9 @@ class Device:
 
     # drafts
 
-    def grow_trees(self, plan: StepPlan, drafts: Drafts, tokens: I32, digest: U64, context: U64, start: I32) -> None:
+    def grow_trees(self, step: Forward, drafts: Drafts, context: U64) -> None:
         """Digests along the draft tree, in place; the device's own drafts (negative tokens) are made here."""
+        plan, tokens, digest, start = step.plan, step.tokens, step.digest, step.start
         starts = query_starts(plan)
         for r in np.flatnonzero(drafts.num_drafts > 0).tolist():
             first, d = int(starts[r]), int(drafts.num_drafts[r])
@@ -254,10 +255,12 @@ class Device:
                 check(place == expected, f"step {plan.step_id} row {r}: draft {i} at position {place}, not {expected}")
                 if tokens[node] < 0:
                     rank = parents[:i].count(parent)
-                    tokens[node] = (self.model.peak(digest[above : above + 1])[0] + rank) % self.vocab_size
+                    tokens[node] = (
+                        self.model.peak(self.model.hash(digest[[above]], step.salt[[r]]))[0] + rank
+                    ) % self.vocab_size
                 context[node] = digest[above]
                 own = token_digest(tokens[node : node + 1], np.array([expected], np.int32))
-                digest[node : node + 1] = digest[above : above + 1] + own
+                digest[[node]] = digest[[above]] + own
 
     def accept(self, step: Forward, mask: Bool | None) -> tuple[I32, I32, I32, U64]:
         """Walk the draft trees: sample at a node, go on at the child that was sampled.

@@ -48,7 +48,8 @@ class TransferQueue:
             if kind == LOAD:
                 pool.fill[pages] = 0  # unreadable until it has arrived
             version = pool.version[pages].copy()
-            self.active.append(Transfer(transfer_id, kind, pool, pages, plan.source[i], version, self.turns))
+            turns = self.turns + 1  # the step that begins it counts as a turn too
+            self.active.append(Transfer(transfer_id, kind, pool, pages, plan.source[i], version, turns))
 
     def turn(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """One step or poll has passed: -> (ids that finished, ids that failed)."""
