@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 from engine.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, ScheduleConfig
 from engine.entrypoints.flag_texts import ALIASES, CHOICES, HELP, HUMAN_NUMBERS, UNSUPPORTED
 from engine.entrypoints.settings import ServerSettings
-from engine.errors import ConfigError
+from engine.errors import StartupError
 
 PARTS = {"model", "cache", "schedule", "parallel"}  # fields of EngineConfig that are dataclasses themselves
 NOT_FLAGS = {"max_body_bytes", "body_timeout"}
@@ -26,7 +26,7 @@ SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**
 C = TypeVar("C")
 
 
-class UsageError(ConfigError):
+class UsageError(StartupError):
     """The command line cannot be used as given; exit status 2."""
 
 

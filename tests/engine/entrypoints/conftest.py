@@ -47,6 +47,7 @@ class Server:
         self.app = create_app(engine, SETTINGS, model_names=("letters",))
         self._socket = socket.socket()
         self._socket.bind(("127.0.0.1", 0))
+        self._socket.listen()
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         self._server = uvicorn.Server(uvicorn.Config(self.app, log_level="error", lifespan="off"))
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve([self._socket])))
