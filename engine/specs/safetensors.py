@@ -167,16 +167,21 @@ def read_tensor(
 
 
 SCAN_ITEMS = 1 << 18  # what is scanned at a time stays in the cache
-EXPONENT = {"float32": (np.uint32, 0x7F800000), "bfloat16": (np.uint16, 0x7F80), "float16": (np.uint16, 0x7C00)}
+EXPONENT: dict[str, np.unsignedinteger[Any]] = {
+    "float32": np.uint32(0x7F800000),
+    "bfloat16": np.uint16(0x7F80),
+    "float16": np.uint16(0x7C00),
+}
 
 
 def first_non_finite(tensor: RawTensor) -> int | None:
     """Flat index of the first NaN or infinity, None when there is none. Reads bits, so it needs no float16 unit."""
-    bits_type, mask = EXPONENT[tensor.dtype]
-    bits = tensor.data.reshape(-1).view(bits_type)
-    exponents = np.empty(min(SCAN_ITEMS, bits.size), bits_type)
+    mask = EXPONENT[tensor.dtype]
+    bits: NDArray[np.unsignedinteger[Any]] = tensor.data.reshape(-1).view(mask.dtype)
+    exponents = np.empty(min(SCAN_ITEMS, bits.size), mask.dtype)
     for start in range(0, bits.size, SCAN_ITEMS):
-        part = np.bitwise_and(bits[start : start + SCAN_ITEMS], bits_type(mask), out=exponents[: bits.size - start])
+        part = exponents[: bits.size - start]
+        np.bitwise_and(bits[start : start + SCAN_ITEMS], mask, out=part)
         if part.max() == mask:
             return start + int(part.argmax())
     return None
