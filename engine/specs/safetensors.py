@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.errors import CheckpointError, one_line
 from engine.specs.weights import RawTensor
