@@ -1,7 +1,8 @@
 """CoreClient: how a front end reaches an engine core. In this process, or in one of its own.
 
-`send` never blocks. `receive` gives the messages that have come, in order. When the core has gone, `send` and `receive`
-raise EngineDead, once every message that it still sent has been received. One thread may send while another receives.
+`send` never blocks. `receive` gives the messages that have come, in order. When the core has gone, `send` and
+`receive` raise EngineDead, once every message that it still sent has been received. One thread may send while another
+receives.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How a client starts the engine core's process: argv, the launch message on stdin, and knowing at once when it ends.
 
-Owned by ProcessClient. Always true: the child dies with its parent. Its stdin is a pipe that nobody else holds (end of
-file = parent gone), and on Linux it asks for SIGKILL when the thread that made it ends. That thread therefore does
+Owned by ProcessClient. Always true: the child dies with its parent. Its stdin is a pipe that nobody else holds (end
+of file = parent gone), and on Linux it asks for SIGKILL when the thread that made it ends. That thread therefore does
 nothing but wait for the child, which is also how its end is noticed without polling.
 """
 

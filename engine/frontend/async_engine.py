@@ -1,8 +1,9 @@
 """AsyncEngine: add, stream, abort, over an engine core in its own process. What servers use.
 
-One thread receives from the core and hands message batches to the event loop; everything else runs in the loop. A request
-that nobody reads any more (cancelled, closed, aborted) is aborted in the core at once. When the core dies, every waiting
-reader gets EngineDead. Keys inside are our own sequence numbers: a client's request id is only a label (R17).
+One thread receives from the core and hands message batches to the event loop; everything else runs in the loop. A
+request that nobody reads any more (cancelled, closed, aborted) is aborted in the core at once. When the core dies,
+every waiting reader gets EngineDead. Keys inside are our own sequence numbers: a client's request id is only a label
+(R17).
 """
 
 from __future__ import annotations

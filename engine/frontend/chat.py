@@ -1,8 +1,9 @@
-"""Chat messages to a prompt: the checkpoint's (or the operator's) template, rendered in jinja's sandbox by transformers.
+"""Chat messages to a prompt: the checkpoint's (or the operator's) template, rendered in jinja's sandbox by
+transformers.
 
-Never a template of a request (R12). Messages come as OpenAI spells them: parts of text are joined, tool-call arguments are
-parsed for the template, and every string in them is guarded, so that a special token a user spells stays plain text.
-Every error that a message can cause is an InvalidValue or Unsupported.
+Never a template of a request (R12). Messages come as OpenAI spells them: parts of text are joined, tool-call
+arguments are parsed for the template, and every string in them is guarded, so that a special token a user spells
+stays plain text. Every error that a message can cause is an InvalidValue or Unsupported.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jinja2
 from jinja2 import meta, nodes
@@ -34,11 +35,20 @@ OWN_ARGUMENTS = frozenset({"messages", "tools", "documents", "add_generation_pro
 class GenerationTag(Extension):
     """{% generation %} ... {% endgeneration %}: transformers' mark of what an assistant wrote; parsed, not used."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012  as jinja declares it
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class RenderOptions(TypedDict, total=False):
+    """Keyword arguments of ChatTemplate.render."""
+
+    tools: Sequence[Mapping[str, Any]] | None
+    add_generation_prompt: bool
+    continue_final_message: bool
+    chat_template_kwargs: Mapping[str, Any] | None
 
 
 class ChatTemplate:
@@ -61,7 +71,7 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        kwargs: Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """The text of a chat, markers of guarded tokens in it. Raises InvalidValue, Unsupported."""
         if self.source is None:
@@ -72,7 +82,7 @@ class ChatTemplate:
             raise InvalidValue(
                 "continue_final_message: true needs add_generation_prompt false", param="continue_final_message"
             )
-        kwargs = self._check_kwargs(kwargs or {})
+        kwargs = self._check_kwargs(chat_template_kwargs or {})
         conversation = [self._guarded(message) for message in normalise(messages)]
         try:
             text = self._tokenizer.hf.apply_chat_template(

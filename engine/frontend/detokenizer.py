@@ -1,8 +1,8 @@
 """Text of one sequence, token by token: incremental decoding, then stop strings with hold-back.
 
-Used by output.py, one Detokenizer a sequence. Cost per token is bounded, whatever came before. Always true: the pieces
-of text given out, put together, are the whole text, however the tokens were cut into steps and the text into reads (F-2);
-nothing given out is ever taken back.
+Used by output.py, one Detokenizer a sequence. Cost per token is bounded, whatever came before. Always true: the
+pieces of text given out, put together, are the whole text, however the tokens were cut into steps and the text into
+reads (F-2); nothing given out is ever taken back.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""InputProcessor: a prompt and SamplingParams into a checked request for the core, or a typed error that names the field.
+"""InputProcessor: a prompt and SamplingParams into a checked request for the core, or a typed error that names the
+field.
 
-Used by llm.py, async_engine.py and the HTTP routes; thread-safe, so that long prompts are tokenised off the event loop.
-Here are checked the limits that depend on the model: ids against the width of the logits, lengths, stop ids, bad words.
+Used by llm.py, async_engine.py and the HTTP routes; thread-safe, so that long prompts are tokenised off the event
+loop. Here are checked the limits that depend on the model: ids against the width of the logits, lengths, stop ids,
+bad words.
 """
 
 from __future__ import annotations
@@ -10,13 +12,13 @@ import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
 from engine.core.messages import AddRequest, CoreReady
 from engine.errors import InvalidValue, NeverFits, Unsupported
-from engine.frontend.chat import ChatTemplate
+from engine.frontend.chat import ChatTemplate, RenderOptions
 from engine.frontend.tokenizer import Tokenizer
 from engine.params import SamplingParams
 from engine.runner import SamplerLimits
@@ -137,19 +139,26 @@ class InputProcessor:
         )
 
     def prepare_chat(
-        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams, **options: Any
+        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams, **options: Unpack[RenderOptions]
     ) -> PreparedRequest:
         """As `prepare`, of chat messages. `options` are those of ChatTemplate.render."""
         text, ids = self.encode_chat(messages, **options)
         return self.prepare(TokensPrompt(prompt_token_ids=ids, prompt=text), params)
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_special_tokens: bool = False, **options: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_special_tokens: bool = False,
+        **options: Unpack[RenderOptions],
     ) -> tuple[str, list[int]]:
         """(text, ids) of a chat."""
         if self.template is None:
             raise Unsupported("messages: there is no tokenizer (skip_tokenizer_init); give token ids", param="messages")
-        return self.template.encode(self.template.render(messages, **options), add_special_tokens)
+        try:
+            return self.template.encode(self.template.render(messages, **options), add_special_tokens)
+        except UnicodeEncodeError:
+            raise InvalidValue("messages: a lone surrogate is not text", param="messages") from None
 
     def read(self, prompt: Prompt) -> tuple[str | None, list[int], str | None]:
         """(text if known, ids, salt) of any kind of prompt."""

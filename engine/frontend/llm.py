@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Unpack
 
 from engine.core.client import CoreClient, InProcessClient, OnProgress, ProcessClient
 from engine.core.messages import AbortRequests, FromCore, Reply, ResetPrefixCache
 from engine.errors import InvalidValue
+from engine.frontend.chat import RenderOptions
 from engine.frontend.input import PreparedRequest, Prompt
 from engine.frontend.model import locate_model, open_model
 from engine.frontend.options import engine_config
@@ -84,23 +85,16 @@ class LLM:
         messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
         sampling_params: Params = None,
         use_tqdm: bool = True,
-        *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[RenderOptions],
     ) -> list[RequestOutput]:
-        """Answer one conversation, or each of a list of them."""
+        """Answer one conversation, or each of a list of them. Raises as `generate`."""
         chats = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
         params = self._list_params(sampling_params, len(chats))
         prepared = [
             self.inputs.prepare_chat(
                 chat,  # type: ignore[arg-type]  # a list of conversations by now
                 final_only(one),
-                tools=tools,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                kwargs=chat_template_kwargs,
+                **options,
             )
             for chat, one in zip(chats, params, strict=True)
         ]

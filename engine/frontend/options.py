@@ -1,4 +1,6 @@
-"""Keyword arguments of LLM, by vLLM's names, into an EngineConfig. Unknown names are refused with the nearest known one."""
+"""Keyword arguments of LLM, by vLLM's names, into an EngineConfig. Unknown names are refused with the nearest known
+one.
+"""
 
 from __future__ import annotations
 

@@ -1,14 +1,13 @@
 """OutputProcessor: the core's StepOutputs into text, logprobs and RequestOutputs; who is done, and what to abort.
 
-Owned by one front end (llm.py or async_engine.py), used from one thread. Nothing is built until somebody reads: tokens
-gather in the request's state and `take` makes one RequestOutput of all that is new, so that a slow reader costs no more
-memory than its tokens (F-4). Cost per token is bounded.
+Owned by one front end (llm.py or async_engine.py), used from one thread. Nothing is built until somebody reads:
+tokens gather in the request's state and `take` makes one RequestOutput of all that is new, so that a slow reader
+costs no more memory than its tokens (F-4). Cost per token is bounded.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -122,8 +121,9 @@ def completion(sequence: SequenceState, kind: RequestOutputKind) -> CompletionOu
 
 @dataclass(slots=True)
 class Processed:
-    """What one message changed."""
+    """What one message, taken in at `now`, changed."""
 
+    now: float = field(default_factory=time.monotonic)
     touched: list[RequestState] = field(default_factory=list)  # readers to wake, each once
     aborts: list[int] = field(default_factory=list)  # keys that the core should stop working on
     iteration: IterationStats = field(default_factory=IterationStats)
@@ -216,7 +216,6 @@ class OutputProcessor:
         done.touched.append(state)
 
     def _step(self, message: StepOutputs, done: Processed) -> None:
-        now = time.monotonic()
         done.stats = message.stats
         if message.prompt_logprobs is not None:
             self._prompt_logprobs(message.prompt_logprobs)
@@ -239,10 +238,10 @@ class OutputProcessor:
             if cached >= 0 and state.num_cached is None:
                 state.num_cached = cached
             if count:
-                note_times(state, sequence, count, now, done.iteration)
+                note_times(state, sequence, count, done)
             if columns is not None and sequence.logprobs is not None:
                 self._add_logprobs(state, sequence, columns, tokens, begin, at)
-            self._push(state, sequence, tokens[begin:at], FinishReason(finish), stop_token, done, now)
+            self._push(state, sequence, tokens[begin:at], FinishReason(finish), stop_token, done)
 
     def _push(
         self,
@@ -252,7 +251,6 @@ class OutputProcessor:
         finish: FinishReason,
         stop_token: int,
         done: Processed,
-        now: float,
     ) -> None:
         """Tokens of one row into its sequence: text, stop strings, the end."""
         if not sequence.fresh:
@@ -271,12 +269,12 @@ class OutputProcessor:
                 del sequence.logprobs[-drop:]
             if finish is FinishReason.NONE:
                 done.aborts.append(state.key + sequence.index)
-            self._end(state, sequence, "stop", stop, done, now)
+            self._end(state, sequence, "stop", stop, done)
         elif finish is not FinishReason.NONE:
             reason = None
             if finish is FinishReason.STOP and stop_token >= 0 and stop_token not in state.request.eos_ids:
                 reason = stop_token
-            self._end(state, sequence, finish.text or "stop", reason, done, now)
+            self._end(state, sequence, finish.text or "stop", reason, done)
 
     def _detokenize(
         self, params: SamplingParams, sequence: SequenceState, tokens: list[int], finish: FinishReason
@@ -303,11 +301,10 @@ class OutputProcessor:
         reason: str,
         stop_reason: int | str | None,
         done: Processed,
-        now: float,
     ) -> None:
         self._finish(state, sequence, reason, stop_reason)
         if state.finished:
-            done.iteration.finished.append(finished_request(state, now))
+            done.iteration.finished.append(finished_request(state, done.now))
 
     def _finish(self, state: RequestState, sequence: SequenceState, reason: str, stop_reason: int | str | None) -> None:
         if sequence.detokenizer is not None and reason == "abort":
@@ -381,9 +378,9 @@ def text_of(token: int, tokenizer: Tokenizer | None) -> str | None:
     return None if tokenizer is None else tokenizer.token_text(token)
 
 
-def note_times(state: RequestState, sequence: SequenceState, count: int, now: float, stats: IterationStats) -> None:
+def note_times(state: RequestState, sequence: SequenceState, count: int, done: Processed) -> None:
     """Count tokens and gaps of one row."""
-    times = state.times
+    times, stats, now = state.times, done.iteration, done.now
     stats.num_generated += count
     if times.first_token_time is None:
         times.first_token_time = now
@@ -410,8 +407,3 @@ def finished_request(state: RequestState, now: float) -> FinishedRequest:
         queued_s=None if scheduled is None else scheduled - arrival,
         first_token_s=None if first is None else first - arrival,
     )
-
-
-def unfinished(states: Iterable[RequestState]) -> int:
-    """How many requests have not ended."""
-    return sum(not state.finished and state.error is None for state in states)

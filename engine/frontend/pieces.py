@@ -1,8 +1,9 @@
 """Pieces: what bytes each token id stands for, so that text can be built token by token at constant cost.
 
-Read once from a tokenizer's decoder. For byte-level BPE the bytes of a sequence are exactly those of its tokens one after
-another; for SentencePiece-like decoders (Replace, ByteFallback, Fuse, Strip, or Metaspace) also, but for a leading space
-at the very start. Other decoders have no pieces: `read_pieces` gives None and detokenizer.py decodes windows instead.
+Read once from a tokenizer's decoder. For byte-level BPE the bytes of a sequence are exactly those of its tokens one
+after another; for SentencePiece-like decoders (Replace, ByteFallback, Fuse, Strip, or Metaspace) also, but for a
+leading space at the very start. Other decoders have no pieces: `read_pieces` gives None and detokenizer.py decodes
+windows instead.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Progress bars on stderr: start-up phases, and generation with tokens per second. Silent where stderr is no terminal."""
+"""Progress bars on stderr: start-up phases, and generation with tokens per second. Silent where stderr is no
+terminal.
+"""
 
 from __future__ import annotations
 

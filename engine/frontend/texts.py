@@ -44,7 +44,7 @@ class Texts:
             add_special_tokens=add_special_tokens,
             add_generation_prompt=template.add_generation_prompt,
             continue_final_message=template.continue_final_message,
-            kwargs=template.kwargs,
+            chat_template_kwargs=template.kwargs,
         )
         return ids
 

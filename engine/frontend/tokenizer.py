@@ -1,10 +1,10 @@
 """Tokenizer: text to ids and ids to bytes, over a Hugging Face fast tokenizer. No code of a checkpoint ever runs.
 
-Loaded once by a front end; the engine core's process never imports this. Thread-safe after construction: encoding only
-reads (the Rust side releases the interpreter lock), tables only grow.
+Loaded once by a front end; the engine core's process never imports this. Thread-safe after construction: encoding
+only reads (the Rust side releases the interpreter lock), tables only grow.
 
-Guarded encoding: text that a user wrote inside a chat must not become a control token (R12). `guard` puts a marker that
-nobody can guess into every special token spelled in such text; the rendered chat then goes through a copy of the
+Guarded encoding: text that a user wrote inside a chat must not become a control token (R12). `guard` puts a marker
+that nobody can guess into every special token spelled in such text; the rendered chat then goes through a copy of the
 tokenizer whose normaliser removes the marker after special tokens were recognised. The ids are those of the same text
 with the spelled tokens read as plain text.
 """

@@ -2,8 +2,8 @@
 and again.
 
 Run as a process by ProcessClient (`python -m tests.engine.core.echo_core`) or built in process. `config.model.model`
-picks a misbehaviour: "fail" (StartupError), "bug" (a stray exception), "exit" (dies while starting), "die at N" (dies at
-step N), "break at N" (raises at step N). A prompt with token 13 is refused.
+picks a misbehaviour: "fail" (StartupError), "bug" (a stray exception), "exit" (dies while starting), "die at N" (dies
+at step N), "break at N" (raises at step N). A prompt with token 13 is refused.
 """
 
 from __future__ import annotations
