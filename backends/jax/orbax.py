@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 
-from engine.errors import CheckpointError
+from backends.jax.weights import storage, tree
+from engine.errors import CheckpointError, check
 from engine.specs.arch import ArchSpec
 from engine.specs.manifest import Part, list_files, read_manifest
 from engine.specs.weights import DTYPE_BYTES, ParamSpec, RawTensor, param_table
@@ -71,6 +73,25 @@ def read_params(
             if progress is not None:
                 progress("weights", done, total)
             yield table[name], arrays.pop(name)
+
+
+def load(
+    path: Path, arch: ArchSpec, dtype: str, device: jax.Device, progress: Progress | None = None
+) -> dict[str, Any]:
+    """The parameters on `device` as the runner stores them: converted, and fused where Storage says so."""
+    places = storage(arch)
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    rows: dict[str, list[tuple[int, jax.Array]]] = {}
+    flat: dict[str, jax.Array] = {}
+    for param, array in read_params(path, arch, lambda _: sharding, progress):
+        place = places[param.name]
+        parts = rows.setdefault(place.name, [])
+        parts.append((place.start, array.astype(dtype)))
+        if sum(part.shape[0] for _, part in parts) == place.rows:
+            ordered = [part for _, part in sorted(rows.pop(place.name), key=lambda item: item[0])]
+            flat[place.name] = ordered[0] if len(ordered) == 1 else jnp.concatenate(ordered)
+    check(not rows, f"parameters are incomplete: {sorted(rows)}")
+    return tree(arch, flat)
 
 
 def restore_part(

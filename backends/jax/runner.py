@@ -18,16 +18,15 @@ import jax
 import numpy as np
 
 from backends.jax import mesh
+from backends.jax.load import load_weights
 from backends.jax.plans import check_plan
 from backends.jax.programs import DeviceState, ProgramSet
 from backends.jax.sample import Use
 from backends.jax.updates import Call, copy_calls, is_poisoned, open_calls, page_calls, row_uses
-from backends.jax.weights import load_params, param_bytes
+from backends.jax.weights import param_bytes
 from engine.errors import ConfigError, StepFailed, check, fail
 from engine.runner import DeviceInfo, Placement, Progress, RunnerConfig
 from engine.specs.cache import CacheLayout
-from engine.specs.checkpoint import stream_params
-from engine.specs.weights import dummy_params
 from engine.step import I32, U32, Event, Logprobs, OpenedRows, RowError, Sampler, StepPlan, StepResult
 
 CLOSED = -1
@@ -90,8 +89,6 @@ class Runner:
         ):
             if value != only:
                 raise ConfigError(f"{name}: {value} is not supported by the jax backend yet; expected {only}")
-        if config.load_format == "orbax":
-            raise ConfigError("--load-format: 'orbax' is not supported by the jax backend yet; use safetensors")
         if not config.token_buckets or not config.row_buckets:
             raise ConfigError("token_buckets and row_buckets: () is not accepted; jax compiles a program a shape")
         if config.num_threads and config.num_threads != len(os.sched_getaffinity(0)):
@@ -104,13 +101,7 @@ class Runner:
         self._poisoned = np.zeros(config.max_slots, np.bool_)
 
     def load(self, checkpoint: Path | None, progress: Progress | None = None) -> None:
-        config = self._config
-        if config.load_format == "dummy":
-            stream = dummy_params(config.arch, config.seed)
-        else:
-            check(checkpoint is not None, "load needs a checkpoint unless the weights are dummies")
-            stream = stream_params(Path(str(checkpoint)), config.arch, progress)
-        self._params = load_params(config.arch, stream, config.dtype, self._device)
+        self._params = load_weights(self._config, checkpoint, self._device, progress)
 
     def cache_budget_bytes(self) -> int:
         total, free = mesh.memory(self._device)

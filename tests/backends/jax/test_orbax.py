@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ import numpy as np
 import pytest
 
 from backends.jax import orbax
+from backends.jax.load import load_weights
 from engine.entrypoints import convert_command, inspect_command
 from engine.errors import CheckpointError, ConfigError
+from engine.runner import RunnerConfig
+from engine.specs.arch import ArchSpec
 from engine.specs.checkpoint import MANIFEST_NAME, read_config, stream_params
 from engine.specs.families import parse_config
 from engine.specs.manifest import is_orbax, read_manifest, write_manifest
@@ -54,6 +58,36 @@ def test_same_numbers(family: str, dtype: str, tmp_path: Path) -> None:
     for param, tensor in stream_params(source, arch):
         assert arrays[param.name].dtype.name == tensor.dtype == dtype
         np.testing.assert_array_equal(np.asarray(arrays[param.name], np.float32), to_float32(tensor))
+
+
+@pytest.mark.parametrize("load_format", ["auto", "orbax"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_runner_loads_the_same_arrays(load_format: str, dtype: str, tmp_path: Path) -> None:
+    source, target = write_checkpoint("phi3", tmp_path / "hf", dtype="bfloat16"), tmp_path / "orbax"
+    convert_command.run(source, target)
+    arch, device = parse_config(read_config(source)), jax.devices("cpu")[0]
+    config = runner_config(arch, dtype, load_format)
+    seen: list[int] = []
+    plain = load_weights(replace(config, load_format="auto"), source, device, None)
+    ours = load_weights(config, target, device, lambda _, done, total: seen.append(total - done))
+    assert jax.tree.structure(ours) == jax.tree.structure(plain) and seen[-1] == 0
+    for left, right in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        assert left.dtype == right.dtype == dtype
+        np.testing.assert_array_equal(np.asarray(left), np.asarray(right))
+
+
+def runner_config(arch: ArchSpec, dtype: str, load_format: str) -> RunnerConfig:
+    return RunnerConfig(
+        arch=arch,
+        dtype=dtype,
+        kv_dtype=dtype,
+        max_slots=1,
+        max_model_len=64,
+        page_tokens=(16,),
+        token_buckets=(16,),
+        row_buckets=(1,),
+        load_format=load_format,
+    )
 
 
 def converted(folder: Path, part_bytes: int = 600) -> Path:
