@@ -155,10 +155,7 @@ class InputProcessor:
         """(text, ids) of a chat."""
         if self.template is None:
             raise Unsupported("messages: there is no tokenizer (skip_tokenizer_init); give token ids", param="messages")
-        try:
-            return self.template.encode(self.template.render(messages, **options), add_special_tokens)
-        except UnicodeEncodeError:
-            raise InvalidValue("messages: a lone surrogate is not text", param="messages") from None
+        return self.template.encode(self.template.render(messages, **options), add_special_tokens)
 
     def read(self, prompt: Prompt) -> tuple[str | None, list[int], str | None]:
         """(text if known, ids, salt) of any kind of prompt."""
@@ -194,10 +191,7 @@ class InputProcessor:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         if self.tokenizer is None:
             raise Unsupported("prompt: there is no tokenizer (skip_tokenizer_init); give token ids", param="prompt")
-        try:
-            return self.tokenizer.encode(text, add_special_tokens)
-        except UnicodeEncodeError:
-            raise InvalidValue("prompt: a lone surrogate is not text", param="prompt") from None
+        return self.tokenizer.encode(text, add_special_tokens)
 
     def check_ids(self, given: Any, name: str = "prompt_token_ids") -> list[int]:
         """`given` as a list of ints, each in [0, vocabulary)."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, InvalidValue
 from engine.frontend.pieces import Pieces, read_pieces
 
 
@@ -49,8 +49,7 @@ class Tokenizer:
         return None if self.hf.eos_token_id is None else int(self.hf.eos_token_id)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        return encode_with(self.backend, text, add_special_tokens)
 
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
         """The whole text of `ids`."""
@@ -99,8 +98,16 @@ class Tokenizer:
         """(text without markers, ids) of a rendered chat."""
         if self._marker not in text:
             return text, self.encode(text, add_special_tokens)
-        ids: list[int] = self._guarded.encode(text, add_special_tokens=add_special_tokens).ids
-        return text.replace(self._marker, ""), ids
+        return text.replace(self._marker, ""), encode_with(self._guarded, text, add_special_tokens)
+
+
+def encode_with(backend: FastTokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    """Raises InvalidValue for a string that is not Unicode text."""
+    try:
+        ids: list[int] = backend.encode(text, add_special_tokens=add_special_tokens).ids
+    except (TypeError, UnicodeEncodeError):
+        raise InvalidValue("prompt: a lone surrogate (half of a UTF-16 pair) is not text", param="prompt") from None
+    return ids
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
