@@ -19,9 +19,8 @@ import numpy as np
 
 from backends.fake_checks import check_plan, fingerprint
 from backends.fake_device import Bool, Device, Forward
-from backends.fake_model import FakeOptions
+from backends.fake_model import FakeOptions, unpack_mask
 from backends.fake_pages import PageContent
-from backends.fake_sampling import unpack_mask
 from backends.fake_transfers import TransferQueue
 from engine.errors import StepFailed, check, fail
 from engine.runner import Capability, DeviceInfo, Placement, Progress, RunnerConfig

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from backends.fake_pages import mix64
-from backends.fake_sampling import log_softmax
-from engine.errors import StepFailed
+from backends.fake_sampling import Bool, log_softmax
+from engine.errors import StepFailed, check
 from engine.runner import Capability
 from engine.specs.arch import ArchSpec
-from engine.step import F32, I32, U64, Logprobs
+from engine.step import F32, I32, U32, U64, Logprobs
 
 PEAK = np.float32(8.5)  # logit of the likeliest id; the others lie in [0, 8)
 POOLED_WIDTH = 8
@@ -94,3 +94,10 @@ def pick_logprobs(logits: F32, chosen: I32, num_top: int) -> Logprobs:
         top_ids=top_ids,
         top=np.take_along_axis(scores, top_ids, axis=-1),
     )
+
+
+def unpack_mask(bits: U32, vocab_size: int) -> Bool:
+    """bool [n, V] of u32 [n, ceil(V / 32)]: bit v % 32 of word v // 32 set = allowed."""
+    check(bits.shape[1:] == (-(-vocab_size // 32),), f"mask has shape {bits.shape} for a vocabulary of {vocab_size}")
+    v = np.arange(vocab_size)
+    return ((bits[:, v // 32] >> (v % 32).astype(np.uint32)) & np.uint32(1)).astype(np.bool_)

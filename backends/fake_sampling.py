@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import check
-from engine.step import F32, I32, U32, U64, OpenedRows, Ragged, SamplingTable
+from engine.step import F32, I32, U64, OpenedRows, Ragged, SamplingTable
 
 Bool = npt.NDArray[np.bool_]
 
@@ -145,19 +145,20 @@ class SamplerTables:
             extras.bad_words = [tuple(entry(table.bad_words, j).tolist()) for j in range(first, last)]
             used = used or bool(extras.bad_words)
         if table.history is not None and table.num_prompt is not None and len(ids := entry(table.history, i)):
-            num_prompt = int(table.num_prompt[i])
-            check(
-                len(ids) - num_prompt == table.num_outputs[i],
-                f"history has {len(ids)} ids, {num_prompt} of them prompt, but num_outputs is {table.num_outputs[i]}",
-            )
-            extras.prompt = np.zeros(self.vocab_size, np.bool_)
-            extras.prompt[self.valid(ids[:num_prompt])] = True
-            extras.counts = np.bincount(self.valid(ids[num_prompt:]), minlength=self.vocab_size).astype(np.int32)
-            extras.generated = ids[num_prompt:].tolist()
+            self.read_history(extras, ids, int(table.num_prompt[i]), int(table.num_outputs[i]))
             used = True
         longest = max((len(word) for word in extras.bad_words), default=0)
         check(longest < 2 or extras.counts is not None, "bad words of two tokens and more need a history")
         return extras if used else None
+
+    def read_history(self, extras: Extras, ids: I32, num_prompt: int, num_outputs: int) -> None:
+        """ids: prompt and generated ids so far."""
+        generated = len(ids) - num_prompt
+        check(generated == num_outputs, f"history holds {generated} generated ids, num_outputs is {num_outputs}")
+        extras.prompt = np.zeros(self.vocab_size, np.bool_)
+        extras.prompt[self.valid(ids[:num_prompt])] = True
+        extras.counts = np.bincount(self.valid(ids[num_prompt:]), minlength=self.vocab_size).astype(np.int32)
+        extras.generated = ids[num_prompt:].tolist()
 
     def append(self, slots: I32, tokens: I32) -> None:
         """Account one generated token a slot."""
@@ -255,10 +256,3 @@ def log_softmax(logits: F32) -> F32:
     shifted = logits - logits.max(axis=-1, keepdims=True)
     result: F32 = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return result
-
-
-def unpack_mask(bits: U32, vocab_size: int) -> Bool:
-    """bool [n, V] of u32 [n, ceil(V / 32)]: bit v % 32 of word v // 32 set = allowed."""
-    check(bits.shape[1:] == (-(-vocab_size // 32),), f"mask has shape {bits.shape} for a vocabulary of {vocab_size}")
-    v = np.arange(vocab_size)
-    return ((bits[:, v // 32] >> (v % 32).astype(np.uint32)) & np.uint32(1)).astype(np.bool_)
