@@ -86,7 +86,7 @@ def grouped(period: Sequence[LayerSpec]) -> list[tuple[LayerSpec, int]]:
 
 
 def attention_text(mixer: Attention) -> str:
-    parts = [f"attention: {mixer.num_heads} heads, {mixer.num_kv_heads} KV heads of {mixer.head_size}"]
+    parts = [f"attention: {mixer.num_heads} heads, {plural(mixer.num_kv_heads, 'KV head')} of {mixer.head_size}"]
     parts.append("sees everything before" if mixer.window is None else f"sees the last {mixer.window} tokens")
     if mixer.scale != mixer.head_size**-0.5:
         parts.append(f"scale {mixer.scale:.4g}")
@@ -157,7 +157,7 @@ def group_lines(arch: ArchSpec, ranks: int) -> list[str]:
 
 def group_text(group: GroupSpec) -> str:
     window = "" if group.window is None else f" of {group.window}"
-    return f"{group.kind.value}{window}, {group.num_kv_heads} KV heads of {group.head_size}"
+    return f"{group.kind.value}{window}, {plural(group.num_kv_heads, 'KV head')} of {group.head_size}"
 
 
 def held(group: GroupSpec, arch: ArchSpec, num_bytes: int) -> str:
@@ -192,6 +192,10 @@ def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     return [
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def count_of(shape: Iterable[int]) -> int:

@@ -35,10 +35,10 @@ def test_qwen3(tmp_path: Path) -> None:
 def test_gemma3_runs_and_groups(tmp_path: Path) -> None:
     text = report(tmp_path, "gemma-3-1b-it")
     assert "0-23 (6 in turn, x4)" in text and "24-25 (x2)" in text
-    assert "1. (x5) attention: 4 heads, 1 KV heads of 256, sees the last 512 tokens" in text
+    assert "1. (x5) attention: 4 heads, 1 KV head of 256, sees the last 512 tokens" in text
     assert "RMS norm (weight + 1) before and after each" in text and "embedding times 33.9411" in text
-    assert "0: window of 512, 1 KV heads of 256, layers 0-4, 6-10, 12-16, 18-22, 24-25: 22,528 bytes a token" in text
-    assert "1: full, 1 KV heads of 256, layers 5, 11, 17, 23: 4,096 bytes a token" in text
+    assert "0: window of 512, 1 KV head of 256, layers 0-4, 6-10, 12-16, 18-22, 24-25: 22,528 bytes a token" in text
+    assert "1: full, 1 KV head of 256, layers 5, 11, 17, 23: 4,096 bytes a token" in text
 
 
 def test_files(tmp_path: Path) -> None:
