@@ -1,9 +1,10 @@
 """Scores the default model on the CPU with transformers as the reference implementation.
 
-Run last, by hand: `python bench/default_model/evaluate.py --work .train --model engine/data/default_model`. It prints what MODEL_CARD.md
-quotes: bits per byte over the held-out files, how many held-out functions are completed greedily to something that parses, and samples.
-Always true: it uses only the shipped files and the held-out text; a token is scored once, with at least half the context before it where
-the file has that much; the functions are chosen by hash, not by how well they come out.
+Run last, by hand: `python bench/default_model/evaluate.py --work .train --model engine/data/default_model`. It prints
+what MODEL_CARD.md quotes: bits per byte over the held-out files, how many held-out functions are completed greedily
+to something that parses, and samples.
+Always true: it uses only the shipped files and the held-out text; a token is scored once, with at least half the
+context before it where the file has that much; the functions are chosen by hash, not by how well they come out.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from pathlib import Path
 
 import torch
 import transformers
-
 from prepare import Function, Source, functions_of
 
 CHAT_PROMPTS = [  # what was trained on, nearly trained on, and new
@@ -45,7 +45,9 @@ def held_out_bits(model: transformers.PreTrainedModel, ids: list[int], max_len: 
 
 
 def prompts_of(functions: list[Function]) -> list[tuple[str, str]]:
-    """(name, signature and docstring) of functions with 3 to 15 lines of body after a docstring, in the order of their hashes."""
+    """(name, signature and docstring) of functions with 3 to 15 lines of body after a docstring, in the order of
+    their hashes.
+    """
     prompts = []
     for function in sorted(functions, key=lambda f: hashlib.sha256(f.qualified_name.encode()).hexdigest()):
         node = ast.parse(function.code).body[0]
@@ -59,13 +61,22 @@ def prompts_of(functions: list[Function]) -> list[tuple[str, str]]:
 @torch.no_grad()
 def complete(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, prompt: str) -> str:
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
-    out = model.generate(ids, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, temperature=None, top_p=None, top_k=None,
-                         attention_mask=torch.ones_like(ids))
+    out = model.generate(
+        ids,
+        max_new_tokens=MAX_NEW_TOKENS,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        attention_mask=torch.ones_like(ids),
+    )
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
 
 def body_of(completion: str) -> str:
-    """The completion up to the first line that leaves the function; its last line is dropped when the token limit cut it."""
+    """The completion up to the first line that leaves the function; its last line is dropped when the token limit
+    cut it.
+    """
     lines = completion.split("\n")
     kept: list[str] = []
     for line in lines:
@@ -102,8 +113,11 @@ def main() -> None:
         file_bits, file_bytes = held_out_bits(model, ids, model.config.max_position_embeddings), len(text.encode())
         print(f"{file_bits / file_bytes:7.3f} bits/byte {file_bytes:7} bytes  {name}")
         bits, num_bytes, num_tokens = bits + file_bits, num_bytes + file_bytes, num_tokens + len(ids)
-    print(f"held out: {bits / num_bytes:.4f} bits/byte, {num_tokens / num_bytes:.4f} tokens/byte, {bits / num_tokens:.4f} bits/token, "
-          f"{len(files)} files, {num_bytes} bytes")
+    print(
+        f"held out: {bits / num_bytes:.4f} bits/byte, {num_tokens / num_bytes:.4f} tokens/byte, "
+        f"{bits / num_tokens:.4f} bits/token, "
+        f"{len(files)} files, {num_bytes} bytes"
+    )
 
     functions = [f for name, text in files.items() for f in functions_of(Source(name=name, text=text, is_test=False))]
     prompts = prompts_of(functions)[: args.num_functions]
@@ -116,7 +130,9 @@ def main() -> None:
             print(f"\n--- {name}: {'parses' if is_parsed else 'does not parse'}\n{prompt}{body}")
     print(f"\n{num_parsed} of {len(prompts)} greedy completions of held-out functions parse")
     for ask in CHAT_PROMPTS:
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": ask}], add_generation_prompt=True, tokenize=False)
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": ask}], add_generation_prompt=True, tokenize=False
+        )
         print(f"\n--- user: {ask}\n{complete(model, tokenizer, prompt)}")
 
 

@@ -1,10 +1,12 @@
 """Builds the default model's corpus and tokenizer: CPython's own standard library in, token streams out.
 
-Run first, by hand: `python bench/default_model/prepare.py --work .train --out engine/data/default_model`.
-It writes the tokenizer and chat template to --out, and to --work one uint16 stream per source (`lib`, `tests`, `chat`, `val`, `heldout`;
-each document is preceded by <|endoftext|>) with `corpus.json`, which holds the counts and the text of the held-out files.
-Always true: a file's path alone decides its split; held-out and validation files never reach the tokenizer's training, the training
-streams or the chat examples, and a near copy of a trained file is dropped; all text is CPython's (PSF-2.0) or this folder's `own_lines.py`.
+Run first, by hand: `python bench/default_model/prepare.py --work .train --out engine/data/default_model`. It writes
+the tokenizer and chat template to --out, and to --work one uint16 stream per source (`lib`, `tests`, `chat`, `val`,
+`heldout`; each document is preceded by <|endoftext|>) with `corpus.json`, which holds the counts and the text of the
+held-out files.
+Always true: a file's path alone decides its split; held-out and validation files never reach the tokenizer's
+training, the training streams or the chat examples, and a near copy of a trained file is dropped; all text is
+CPython's (PSF-2.0) or this folder's `own_lines.py`.
 """
 
 from __future__ import annotations
@@ -26,16 +28,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from own_lines import ASKS, EXERCISES, SMALL_TALK
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from own_lines import ASKS, EXERCISES, SMALL_TALK
-
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-SPECIAL_TOKENS = [END_OF_TEXT, IM_START, IM_END, "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|tool_call|>", "<|pad|>"]
+SPECIAL_TOKENS = [
+    END_OF_TEXT,
+    IM_START,
+    IM_END,
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<|tool_call|>",
+    "<|pad|>",
+]
 VOCAB_SIZE = 4096
 
-# Words with one leading space, digits one by one, punctuation, newlines together with blank lines, then whole runs of spaces: an
-# indentation is one token of its own, so a prompt may stop before it or after it.
+# Words with one leading space, digits one by one, punctuation, newlines together with blank lines, then whole runs
+# of spaces: an indentation is one token of its own, so a prompt may stop before it or after it.
 SPLIT_PATTERN = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s*\n| {2,}|\s"
 
 CHAT_TEMPLATE = (
@@ -49,11 +59,53 @@ CHAT_TEMPLATE = (
 
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "lib-dynload"}
 TEST_FOLDERS = {"test", "tests", "idle_test"}
-SYSTEM_PROMPTS = ["You are a helpful assistant.", "You are twinfer's default model.", "You write Python.", "Answer briefly."]
+SYSTEM_PROMPTS = [
+    "You are a helpful assistant.",
+    "You are twinfer's default model.",
+    "You write Python.",
+    "Answer briefly.",
+]
 MAX_CODE_CHARS, MAX_DOC_CHARS = 1600, 600
 
-VERBS = {w: w.lower() + "s" for w in ("Return Create Convert Write Read Open Add Remove Print Set Get Parse Call Raise Compute Find Decode Encode "
-                                      "Yield Send Close Run Format Generate Wait Load Make Build Replace Start Stop Insert Delete Test").split()}
+VERBS = {
+    w: w.lower() + "s"
+    for w in [
+        "Return",
+        "Create",
+        "Convert",
+        "Write",
+        "Read",
+        "Open",
+        "Add",
+        "Remove",
+        "Print",
+        "Set",
+        "Get",
+        "Parse",
+        "Call",
+        "Raise",
+        "Compute",
+        "Find",
+        "Decode",
+        "Encode",
+        "Yield",
+        "Send",
+        "Close",
+        "Run",
+        "Format",
+        "Generate",
+        "Wait",
+        "Load",
+        "Make",
+        "Build",
+        "Replace",
+        "Start",
+        "Stop",
+        "Insert",
+        "Delete",
+        "Test",
+    ]
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +118,9 @@ class Source:
 
     @property
     def split(self) -> str:
-        """`heldout` and `val` for 3 % and 2 % of the non-test files by hash of the name; else the stream that trains on it."""
+        """`heldout` and `val` for 3 % and 2 % of the non-test files by hash of the name; else the stream that
+        trains on it.
+        """
         if self.is_test:
             return "tests"
         bucket = int(hashlib.sha256(self.name.encode()).hexdigest(), 16) % 100
@@ -84,7 +138,9 @@ class Function:
 
 
 def read_sources(stdlib: Path) -> Iterator[Source]:
-    """Every parseable Python file once, without generated tables (code pages, platform data) and files that are mostly data."""
+    """Every parseable Python file once, without generated tables (code pages, platform data) and files that are
+    mostly data.
+    """
     seen: set[str] = set()
     for path in sorted(stdlib.rglob("*.py")):
         parts = path.relative_to(stdlib).parts
@@ -120,8 +176,12 @@ def functions_of(source: Source) -> Iterator[Function]:
             elif isinstance(child, ast.FunctionDef):
                 first = min([child.lineno, *(d.lineno for d in child.decorator_list)])
                 code = textwrap.dedent("\n".join(lines[first - 1 : child.end_lineno]))
-                yield Function(qualified_name=f"{prefix}.{child.name}", signature=f"{child.name}({ast.unparse(child.args)})",
-                               code=code.strip(), doc=clip(ast.get_docstring(child) or ""))
+                yield Function(
+                    qualified_name=f"{prefix}.{child.name}",
+                    signature=f"{child.name}({ast.unparse(child.args)})",
+                    code=code.strip(),
+                    doc=clip(ast.get_docstring(child) or ""),
+                )
             elif isinstance(child, (ast.If, ast.Try)):
                 yield from walk(child, prefix)
 
@@ -164,7 +224,9 @@ def function_exchanges(function: Function, rng: random.Random) -> Iterator[tuple
     if code_forms:
         yield rng.choice(code_forms)
     if len(function.doc) > 20:
-        ask = rng.choice(["What does `{}` do?", "What does {} do?", "Explain `{}`.", "What is `{}` for?", "Describe `{}`."])
+        ask = rng.choice(
+            ["What does `{}` do?", "What does {} do?", "Explain `{}`.", "What is `{}` for?", "Describe `{}`."]
+        )
         yield ask.format(function.qualified_name), function.doc
 
 
@@ -179,7 +241,9 @@ def is_written_in_c(value: object) -> bool:
 
 
 def builtin_exchanges(rng: random.Random) -> Iterator[tuple[str, str]]:
-    """Questions about what is written in C: its docstrings are in the interpreter itself, in no file that could be held out."""
+    """Questions about what is written in C: its docstrings are in the interpreter itself, in no file that could be
+    held out.
+    """
     seen: set[str] = set()
     for module_name in ["builtins", *sorted(sys.stdlib_module_names - {"antigravity", "this", "builtins"})]:
         if module_name.startswith("_") or module_name in ("idlelib", "turtledemo", "tkinter", "turtle"):
@@ -193,7 +257,9 @@ def builtin_exchanges(rng: random.Random) -> Iterator[tuple[str, str]]:
                 continue
             members = [(f"{module_name}.{name}".removeprefix("builtins."), value)]
             if isinstance(value, type) and module_name in ("builtins", "collections", "datetime"):
-                members += [(f"{name}.{key}", member) for key, member in sorted(vars(value).items()) if not key.startswith("_")]
+                members += [
+                    (f"{name}.{key}", member) for key, member in sorted(vars(value).items()) if not key.startswith("_")
+                ]
             for full_name, member in members:
                 doc = clip(str(getattr(member, "__doc__", "") or ""))
                 if is_written_in_c(member) and len(doc) > 30 and doc not in seen:
@@ -210,9 +276,13 @@ def topic_texts(stdlib: Path) -> dict[str, str]:
 
 def chat_documents(sources: list[Source], stdlib: Path, rng: random.Random) -> list[str]:
     """All chat examples, rendered with the chat template's format; some have a system prompt, some several turns."""
-    exchanges = [pair for source in sources for function in functions_of(source) for pair in function_exchanges(function, rng)]
+    exchanges = [
+        pair for source in sources for function in functions_of(source) for pair in function_exchanges(function, rng)
+    ]
     exchanges += builtin_exchanges(rng)
-    exchanges += [(f"Explain {name} in Python.", clip(text)) for name, text in topic_texts(stdlib).items() if clip(text)]
+    exchanges += [
+        (f"Explain {name} in Python.", clip(text)) for name, text in topic_texts(stdlib).items() if clip(text)
+    ]
     exchanges = [(ask, answer.strip()) for ask, answer in dict.fromkeys(exchanges) if answer.strip()]
     for _ in range(6):
         exchanges += [(ask, answer) for asks, answer in SMALL_TALK for ask in asks]
@@ -230,13 +300,20 @@ def chat_documents(sources: list[Source], stdlib: Path, rng: random.Random) -> l
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=SPECIAL_TOKENS, max_token_length=32, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=SPECIAL_TOKENS,
+        max_token_length=32,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() != VOCAB_SIZE:
         raise ValueError(f"tokenizer has {tokenizer.get_vocab_size()} entries, expected {VOCAB_SIZE}")
@@ -258,7 +335,14 @@ def write_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         "added_tokens_decoder": {
-            str(i): {"content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+            str(i): {
+                "content": token,
+                "lstrip": False,
+                "normalized": False,
+                "rstrip": False,
+                "single_word": False,
+                "special": True,
+            }
             for i, token in enumerate(SPECIAL_TOKENS)
         },
     }
@@ -297,14 +381,19 @@ def main() -> None:
     texts["chat"] = chat_documents(by_split["lib"], stdlib, rng)
 
     # The library counts most for the tokenizer; of the tests a third is enough to know their words.
-    tokenizer = train_tokenizer(texts["lib"] + texts["tests"][::3] + [re.sub(r"<\|\w+\|>", "", text) for text in texts["chat"]])
+    tokenizer = train_tokenizer(
+        texts["lib"] + texts["tests"][::3] + [re.sub(r"<\|\w+\|>", "", text) for text in texts["chat"]]
+    )
     write_tokenizer(tokenizer, args.out)
     report: dict[str, object] = {"python": sys.version.split()[0]}
     for split, documents in texts.items():
         num_tokens = write_stream(tokenizer, documents, args.work / f"{split}.npy")
         num_bytes = sum(len(text.encode()) for text in documents)
         report[split] = {"documents": len(documents), "bytes": num_bytes, "tokens": num_tokens}
-        print(f"{split:8} {len(documents):6} documents {num_bytes:10} bytes {num_tokens:9} tokens {num_bytes / num_tokens:.2f} bytes/token")
+        print(
+            f"{split:8} {len(documents):6} documents {num_bytes:10} bytes {num_tokens:9} tokens "
+            f"{num_bytes / num_tokens:.2f} bytes/token"
+        )
     report["heldout_files"] = {source.name: source.text for source in by_split["heldout"]}
     report["val_names"] = [source.name for source in by_split["val"]]
     (args.work / "corpus.json").write_text(json.dumps(report))

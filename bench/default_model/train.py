@@ -1,8 +1,10 @@
 """Trains the default model on one GPU for a fixed time and keeps the checkpoint that does best on the validation files.
 
-Run second, by hand, after `prepare.py`: `python train.py --work .train --out DIR --seconds 115`. It writes DIR/model.safetensors (bf16, the
-names of a Qwen3 checkpoint, head tied to the embedding), DIR/config.json and DIR/log.jsonl. `evaluate.py` reads them with transformers.
-Always true: the learning rate follows elapsed time and reaches zero at its end; the held-out stream is only read once, after training.
+Run second, by hand, after `prepare.py`: `python train.py --work .train --out DIR --seconds 115`. It writes
+DIR/model.safetensors (bf16, the names of a Qwen3 checkpoint, head tied to the embedding), DIR/config.json and
+DIR/log.jsonl. `evaluate.py` reads them with transformers.
+Always true: the learning rate follows elapsed time and reaches zero at its end; the held-out stream is only read
+once, after training.
 
 Shapes: B rows, T tokens a row, D hidden, N query heads, K key-value heads, H head size, V vocabulary.
 """
@@ -42,13 +44,31 @@ class Spec:
     def hf_config(self) -> dict[str, object]:
         """config.json in the spelling that both transformers 4 and 5 read."""
         return {
-            "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": self.vocab_size, "hidden_size": self.hidden_size,
-            "num_hidden_layers": self.num_layers, "num_attention_heads": self.num_heads, "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim, "intermediate_size": self.intermediate_size, "hidden_act": "silu",
-            "max_position_embeddings": self.max_len, "rope_theta": self.rope_theta, "rope_scaling": None, "rms_norm_eps": self.rms_eps,
-            "attention_bias": False, "attention_dropout": 0.0, "use_sliding_window": False, "sliding_window": None,
-            "tie_word_embeddings": True, "initializer_range": 0.02, "use_cache": True, "torch_dtype": "bfloat16",
-            "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 7,
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "intermediate_size": self.intermediate_size,
+            "hidden_act": "silu",
+            "max_position_embeddings": self.max_len,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": None,
+            "rms_norm_eps": self.rms_eps,
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "tie_word_embeddings": True,
+            "initializer_range": 0.02,
+            "use_cache": True,
+            "torch_dtype": "bfloat16",
+            "bos_token_id": None,
+            "eos_token_id": 2,
+            "pad_token_id": 7,
         }
 
 
@@ -136,7 +156,9 @@ class Model(nn.Module):
         for layer in self.layers:
             x = layer(x, self.cos[:row_len], self.sin[:row_len])
         logits = F.linear(self.norm(x), self.embed_tokens.weight).float()
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100).view_as(targets)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=-100).view_as(
+            targets
+        )
 
 
 def orthogonalize(updates: Tensor) -> Tensor:
@@ -152,13 +174,17 @@ def orthogonalize(updates: Tensor) -> Tensor:
 
 
 class Muon:
-    """Muon over the matrices of the layers, those of one shape stacked, with decoupled weight decay and Adam-sized steps."""
+    """Muon over the matrices of the layers, those of one shape stacked, with decoupled weight decay and Adam-sized
+    steps.
+    """
 
     def __init__(self, parameters: list[nn.Parameter], compiled: Callable[[Tensor], Tensor]) -> None:
         self.groups: dict[torch.Size, list[nn.Parameter]] = {}
         for parameter in parameters:
             self.groups.setdefault(parameter.shape, []).append(parameter)
-        self.momenta = {shape: torch.zeros(len(group), *shape, device=group[0].device) for shape, group in self.groups.items()}
+        self.momenta = {
+            shape: torch.zeros(len(group), *shape, device=group[0].device) for shape, group in self.groups.items()
+        }
         self.orthogonalize = compiled
 
     @torch.no_grad()
@@ -177,7 +203,9 @@ class Sampler:
 
     def __init__(self, work: Path, row_len: int, device: str, seed: int) -> None:
         self.streams = {name: np.load(work / f"{name}.npy") for name in MIXTURE}
-        self.tokens = {name: torch.from_numpy(stream.astype(np.int32)).to(device) for name, stream in self.streams.items()}
+        self.tokens = {
+            name: torch.from_numpy(stream.astype(np.int32)).to(device) for name, stream in self.streams.items()
+        }
         self.starts = {name: np.flatnonzero(stream[: -row_len - 2] == 0) + 1 for name, stream in self.streams.items()}
         self.row_len, self.device, self.rng = row_len, device, np.random.default_rng(seed)
 
@@ -189,7 +217,9 @@ class Sampler:
             offsets = self.rng.integers(0, len(self.streams[name]) - self.row_len - 1, count)
             at_start = self.rng.random(count) < (1.0 if name == "chat" else 0.3)
             offsets = np.where(at_start, self.rng.choice(self.starts[name], count), offsets)
-            index = torch.from_numpy(offsets).to(self.device)[:, None] + torch.arange(self.row_len + 1, device=self.device)
+            index = torch.from_numpy(offsets).to(self.device)[:, None] + torch.arange(
+                self.row_len + 1, device=self.device
+            )
             windows.append(self.tokens[name][index].long())
         window = torch.cat(windows)
         return window[:, :-1].contiguous(), window[:, 1:].contiguous()
@@ -229,19 +259,26 @@ def lr_scale(progress: float) -> float:
 
 
 def save(model: Model, out: Path) -> None:
-    tensors = {f"model.{name}": parameter.detach().bfloat16().cpu().contiguous() for name, parameter in model.named_parameters()}
+    tensors = {
+        f"model.{name}": parameter.detach().bfloat16().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+    }
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
 
 
-def train(model: Model, forward: Callable[..., Tensor], compiled: Callable[[Tensor], Tensor], args: argparse.Namespace) -> dict[str, object]:
+def train(
+    model: Model, forward: Callable[..., Tensor], compiled: Callable[[Tensor], Tensor], args: argparse.Namespace
+) -> dict[str, object]:
     device = args.device
     corpus = json.loads((args.work / "corpus.json").read_text())
     val, heldout = np.load(args.work / "val.npy"), np.load(args.work / "heldout.npy")
     sampler = Sampler(args.work, args.row_len, device, args.seed)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     muon = Muon(matrices, compiled)
-    others = [{"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
-              {"params": [model.embed_tokens.weight], "weight_decay": 0.05}]
+    others = [
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+        {"params": [model.embed_tokens.weight], "weight_decay": 0.05},
+    ]
     adam = torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), fused=device == "cuda")
 
     def loss_of_batch() -> Tensor:
@@ -274,8 +311,14 @@ def train(model: Model, forward: Callable[..., Tensor], compiled: Callable[[Tens
             next_eval += args.seconds / args.evals
             val_bpb = bits_per_byte(forward, val, corpus["val"]["bytes"], args.row_len, device)
             tokens = step * args.rows * args.row_len
-            record = {"step": step, "s": round(elapsed, 1), "tokens": tokens, "train_nats": round(float(torch.stack(recent).mean()), 4),
-                      "val_bpb": round(val_bpb, 4), "lr_scale": round(scale, 3)}
+            record = {
+                "step": step,
+                "s": round(elapsed, 1),
+                "tokens": tokens,
+                "train_nats": round(float(torch.stack(recent).mean()), 4),
+                "val_bpb": round(val_bpb, 4),
+                "lr_scale": round(scale, 3),
+            }
             recent = []
             print(json.dumps(record), file=log, flush=True)
             print(record, flush=True)
@@ -283,12 +326,29 @@ def train(model: Model, forward: Callable[..., Tensor], compiled: Callable[[Tens
                 best, best_step = val_bpb, step
                 save(model, args.out)
     # The shipped weights are the rounded ones: score those.
-    model.load_state_dict({name.removeprefix("model."): tensor.float() for name, tensor in load_file(args.out / "model.safetensors").items()})
+    model.load_state_dict(
+        {
+            name.removeprefix("model."): tensor.float()
+            for name, tensor in load_file(args.out / "model.safetensors").items()
+        }
+    )
     heldout_bpb = bits_per_byte(forward, heldout, corpus["heldout"]["bytes"], args.row_len, device)
-    return {"steps": step, "best_step": best_step, "best_val_bpb": best, "heldout_bpb_quick": heldout_bpb, "train_s": args.seconds,
-            "tokens": step * args.rows * args.row_len, "dropout": args.dropout, "lr": args.lr, "weight_decay": args.weight_decay,
-            "rows": args.rows, "row_len": args.row_len, "seed": args.seed,
-            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__}
+    return {
+        "steps": step,
+        "best_step": best_step,
+        "best_val_bpb": best,
+        "heldout_bpb_quick": heldout_bpb,
+        "train_s": args.seconds,
+        "tokens": step * args.rows * args.row_len,
+        "dropout": args.dropout,
+        "lr": args.lr,
+        "weight_decay": args.weight_decay,
+        "rows": args.rows,
+        "row_len": args.row_len,
+        "seed": args.seed,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "torch": torch.__version__,
+    }
 
 
 def main() -> None:
