@@ -42,7 +42,8 @@ def run(source: Path, target: Path, progress: Progress | None = None) -> str:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     num_bytes = sum(size for _, size in list_files(target))
-    return f"{target}: {num_parameters(arch):,} parameters in {len(parts)} part{'s' * (len(parts) > 1)}, {num_bytes:,} bytes"
+    count = f"{len(parts)} part" + "s" * (len(parts) > 1)
+    return f"{target}: {num_parameters(arch):,} parameters in {count}, {num_bytes:,} bytes"
 
 
 def copy_text_files(source: Path, target: Path) -> None:

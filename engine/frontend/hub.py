@@ -2,7 +2,7 @@
 
 Fetching is huggingface_hub's snapshot_download: its cache, token, HF_ENDPOINT, HF_HUB_OFFLINE and progress bars. The
 revision is resolved to a commit once and every file is asked for by that commit; a pinned commit that is complete in
-the cache needs no network. Only safetensors, JSON, chat templates and tokenizer tables are fetched: no pickles, no code.
+the cache needs no network. Only safetensors, JSON, chat templates and tokenizer tables are fetched, no pickles or code.
 Every failure is a StartupError of one line: the cause, then the remedy.
 """
 
