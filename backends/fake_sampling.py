@@ -121,7 +121,7 @@ class SamplerTables:
                 self.extras[slot] = extras
             self.greedy[slot] = self.temperature[slot] == 0 and extras is None and table.min_tokens[i] == 0
             others = (table.bias_ids, table.allowed_ids, table.history)
-            ids = [stop_ids] + [entry(ragged, i) for ragged in others if ragged is not None]
+            ids = [stop_ids] + [optional_entry(ragged, i) for ragged in others]
             self.poisoned[slot] = any(len(self.valid(x)) < len(x) for x in ids)
 
     def valid(self, ids: I32) -> I32:
@@ -129,27 +129,24 @@ class SamplerTables:
 
     def read_extras(self, table: SamplingTable, i: int) -> Extras | None:
         """Masks, biases and histories of the plan's i-th opened row, None when it has none."""
-        extras, used = Extras(), False
-        if table.allowed_ids is not None and len(ids := entry(table.allowed_ids, i)):
+        extras = Extras()
+        if len(ids := optional_entry(table.allowed_ids, i)):
             extras.allowed = np.zeros(self.vocab_size, np.bool_)
             extras.allowed[self.valid(ids)] = True
-            used = True
         if table.bias_ids is not None and table.bias_values is not None and len(ids := entry(table.bias_ids, i)):
             start = table.bias_ids.starts[i]
             extras.bias = np.zeros(self.vocab_size, np.float32)
             inside = (ids >= 0) & (ids < self.vocab_size)
             np.add.at(extras.bias, ids[inside], table.bias_values[start : start + len(ids)][inside])
-            used = True
         if table.bad_words is not None and table.bad_word_starts is not None:
             first, last = table.bad_word_starts[i : i + 2]
             extras.bad_words = [tuple(entry(table.bad_words, j).tolist()) for j in range(first, last)]
-            used = used or bool(extras.bad_words)
-        if table.history is not None and table.num_prompt is not None and len(ids := entry(table.history, i)):
+        if table.num_prompt is not None and len(ids := optional_entry(table.history, i)):
             self.read_history(extras, ids, int(table.num_prompt[i]), int(table.num_outputs[i]))
-            used = True
         longest = max((len(word) for word in extras.bad_words), default=0)
         check(longest < 2 or extras.counts is not None, "bad words of two tokens and more need a history")
-        return extras if used else None
+        used = (extras.allowed, extras.bias, extras.counts, extras.bad_words or None)
+        return extras if any(part is not None for part in used) else None
 
     def read_history(self, extras: Extras, ids: I32, num_prompt: int, num_outputs: int) -> None:
         """ids: prompt and generated ids so far."""
@@ -220,6 +217,10 @@ class SamplerTables:
 
 def entry(ragged: Ragged, i: int) -> I32:
     return ragged.values[ragged.starts[i] : ragged.starts[i + 1]]
+
+
+def optional_entry(ragged: Ragged | None, i: int) -> I32:
+    return np.zeros(0, np.int32) if ragged is None else entry(ragged, i)
 
 
 def keep_likely(rows: F32, min_p: F32) -> None:

@@ -22,6 +22,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from engine.errors import check
+
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
@@ -290,4 +292,60 @@ def empty_plan(step_id: int, bucket: Bucket) -> StepPlan:
         positions=np.zeros((1, 0), np.int32),
         logit_rows=none,
         sampler=Sampler.NONE,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkList:
+    """Attention of one step as W independent items: a tile of queries of one row against a stretch of its KV.
+
+    Items of one tile stand together, ascending in KV, so that a second pass can merge their partial softmaxes. All bounds
+    are the plan's upper bounds: a kernel clamps them by the device's lengths, and an item may turn out to be empty.
+    """
+
+    row: I32  # [W] row of the plan
+    tile: I32  # [W] number of the query tile; the last entry + 1 is how many tiles there are
+    query: I32  # [W] index in [0, T) of the tile's first query token
+    num_queries: I32  # [W] 1 .. q_tile
+    kv_begin: I32  # [W] position of the first KV token, a multiple of page_tokens
+    kv_end: I32  # [W] one past the last, <= the position that the tile's last query sees, + 1
+
+    @property
+    def num_items(self) -> int:
+        return len(self.row)
+
+
+def work_list(
+    plan: StepPlan, q_tile: int, kv_tile: int, page_tokens: int, window: int | None = None, slack: int = 0
+) -> WorkList:
+    """The causal attention work of a plan in one group: query tiles x KV stretches (split-KV), rows in order.
+
+    q_tile: most query tokens an item. kv_tile: most KV tokens an item, a multiple of page_tokens. window: a query at
+    position p sees (p - window, p]. slack: by how many tokens num_computed may exceed the device's length (steps with
+    drafts or several turns not yet collected): the window of the true position begins that much earlier.
+    """
+    check(q_tile >= 1 and page_tokens >= 1 and slack >= 0, f"work_list: tiles of {q_tile}, pages of {page_tokens}")
+    check(kv_tile >= 1 and kv_tile % page_tokens == 0, f"work_list: kv_tile {kv_tile} is no multiple of {page_tokens}")
+    tiles = -(-plan.num_new // q_tile)  # [S]
+    row = np.repeat(np.arange(plan.num_rows, dtype=np.int32), tiles)
+    nth = np.arange(len(row), dtype=np.int32) - np.repeat(np.cumsum(tiles) - tiles, tiles).astype(np.int32)
+    first = nth * q_tile  # of the row's new tokens
+    count = np.minimum(q_tile, plan.num_new[row] - first)
+    # a further turn on the device adds one token to see
+    end = plan.num_computed[row] + first + count + (plan.num_steps - 1)
+    begin = np.zeros_like(end)
+    if window is not None:
+        oldest = plan.num_computed[row] + first - slack - (window - 1)  # - 1: a query sees itself
+        begin = np.maximum(0, oldest) // page_tokens * page_tokens
+    splits = -(-(end - begin) // kv_tile)
+    item = np.repeat(np.arange(len(row), dtype=np.int32), splits)
+    part = np.arange(len(item), dtype=np.int32) - np.repeat(np.cumsum(splits) - splits, splits).astype(np.int32)
+    kv_begin = begin[item] + part * kv_tile
+    return WorkList(
+        row=row[item],
+        tile=item,
+        query=(query_starts(plan)[row] + first)[item].astype(np.int32),
+        num_queries=count[item].astype(np.int32),
+        kv_begin=kv_begin.astype(np.int32),
+        kv_end=np.minimum(kv_begin + kv_tile, end[item]).astype(np.int32),
     )

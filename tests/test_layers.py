@@ -79,7 +79,7 @@ UNSAFE_METHODS = {
     ("numpy", "load"), ("os", "system"), ("socket", "recv_pyobj"),
 }  # fmt: skip
 UNSAFE_ATTRIBUTES = {"recv_pyobj", "send_pyobj", "allow_pickle", "trust_remote_code_load"}
-# Dynamic imports: (prefix of the names, why). Their targets stand as constants in the file; they count as imports of it,
+# Dynamic imports: (prefix of the names, why). Their targets stand as constants in the file and count as imports of it,
 # but for those of load_runner, which is how the engine reaches a backend without knowing it.
 DYNAMIC_IMPORTS = {
     "engine/runner.py": ("", "load_runner: the backends by name"),
