@@ -79,6 +79,7 @@ class Runner:
         self._ended: list[tuple[tuple[int, ...], tuple[int, ...]]] = []  # transfers ended, not yet told; per replica
         self._last_submitted = self._last_collected = -1
         self._compiles = 0
+        self._draining = False  # a failure was collected, steps behind it were not
 
     # life
 
@@ -149,6 +150,8 @@ class Runner:
 
     def submit(self, plans: Sequence[StepPlan]) -> Handle:
         check(self._life == "ready", f"submit to a runner that is {self._life}")
+        failed = any(step.failure is not None for step in self._queue)
+        check(not (self._draining and failed), "a step failed: collect those behind it before submitting another")
         check(len(self._queue) < self._config.max_in_flight, f"{len(self._queue)} steps are in flight already")
         check(len(plans) == self._config.num_replicas, f"{len(plans)} plans for {self._config.num_replicas} replicas")
         step_id = plans[0].step_id
@@ -193,6 +196,7 @@ class Runner:
         self._check_unchanged(step)
         self._queue.pop(0)
         self._last_collected = step.handle.step_id
+        self._draining = bool(self._queue) and (self._draining or step.failure is not None)
         if step.failure is not None:
             raise step.failure
         check(step.results is not None, f"step {handle.step_id} has not run")

@@ -30,6 +30,7 @@ from engine.specs.cache import CacheLayout
 from engine.step import I32, U32, Event, Logprobs, OpenedRows, RowError, Sampler, StepPlan, StepResult
 
 CLOSED = -1
+BROKEN = -2  # a slot of a lost cache: may be closed or opened, not used
 log = logging.getLogger("twinfer.jax")
 
 LOST = "the KV cache is gone"
@@ -285,7 +286,7 @@ class Runner:
     def _lose(self, error: Exception) -> StepFailed:
         """The failed program had been given the cache: begin again with empty pages and closed slots."""
         self._state = self._ready().fresh_state()
-        self._generation[:] = CLOSED
+        self._generation[self._generation != CLOSED] = BROKEN
         return StepFailed(f"{type(error).__name__}: {str(error).splitlines()[0][:200]}; {LOST}", cache_lost=True)
 
     # results

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from backends.fake import Runner
-from engine.errors import InternalError
+from engine.errors import InternalError, StepFailed
 from engine.step import (
     LAST_TOKEN,
     Bucket,
@@ -169,3 +169,19 @@ def test_life_in_order() -> None:
     d = Driver(Runner(), warm=False)
     with pytest.raises(InternalError, match="allocated"):
         d.runner.submit([empty_plan(1, Bucket(tokens=8, rows=8))])
+
+
+def test_failed_steps_are_collected_before_the_next_submit() -> None:
+    d = Driver(Runner(fail_at={2: StepFailed("injected")}))
+    a, b = d.new(d.prompt(8)), d.new(d.prompt(8))
+    d.step([(a, 8)])
+    first, second = d.submit(d.plan([(a, 1)])), d.submit(d.plan([(a, 1)]))
+    with pytest.raises(StepFailed):
+        d.runner.collect(first)
+    with pytest.raises(InternalError, match="collect those behind it"):
+        d.submit(d.plan([(b, 8)]))
+    b.opened = False  # that plan was refused
+    with pytest.raises(StepFailed):
+        d.runner.collect(second)
+    d.in_flight.clear()
+    assert d.step([(d.preempt(b), 8)]).num_sampled.tolist() == [1]
