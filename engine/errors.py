@@ -5,6 +5,7 @@
     + InvalidValue             a field is outside its bounds (names field, value and what is accepted)
     + NeverFits                prompt + output cannot fit the model length or the page pool
     + Unsupported              known by name, not supported here (names the remedy)
+    + Overloaded               the waiting queue is full: try again later
   x StartupError               the process cannot start: one line with the cause and the remedy
     + CheckpointError          names file and tensor
     + ConfigError              names the flag or the config field
@@ -48,6 +49,12 @@ class Unsupported(RequestError, NotImplementedError):
     """The option is known by name and is not supported here."""
 
     code = "unsupported"
+
+
+class Overloaded(RequestError):
+    """The waiting queue is full."""
+
+    code = "overloaded"
 
 
 class StartupError(TwinferError):

@@ -1,0 +1,96 @@
+"""Prefix keys, and the index from a key to the page that holds its unit.
+
+A key is SHA-256 over (parent key, the unit's tokens); the first parent is SHA-256 over the domain (tenant, salt, adapter,
+media, weights version) and the epoch, so equal chains mean equal context and equal domain, at equal depth. The index
+therefore stores the page alone: the unit's place in its page follows from its depth. A page that holds unit u of a column
+holds the units before u of the same column for the same chain, because a column is only ever filled from its start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from hashlib import sha256
+
+import numpy as np
+
+from engine.errors import check
+from engine.kv.page_pool import PagePool
+from engine.step import I32
+
+TOKEN_BYTES = 4
+
+
+def root_key(domain: bytes, epoch: int) -> bytes:
+    """The parent of a sequence's first unit."""
+    return sha256(b"twinfer unit 1" + epoch.to_bytes(8, "little") + domain).digest()
+
+
+def chain_keys(parent: bytes, tokens: I32, unit_tokens: int) -> list[bytes]:
+    """Keys of the whole units in `tokens` (i32 [n]), each chained to the one before, the first to `parent`."""
+    data = tokens.tobytes()
+    width = unit_tokens * TOKEN_BYTES
+    keys = []
+    for at in range(0, len(data) - width + 1, width):
+        parent = sha256(parent + data[at : at + width]).digest()
+        keys.append(parent)
+    return keys
+
+
+class UnitIndex:
+    """Keys of one group's units. `pool.num_keys` is kept equal to the number of keys of each page."""
+
+    def __init__(self, pool: PagePool) -> None:
+        self.page_of: dict[bytes, int] = {}
+        self._keys_of: dict[int, list[bytes]] = {}
+        self._pool = pool
+
+    def __len__(self) -> int:
+        return len(self.page_of)
+
+    def add(self, key: bytes, page: int) -> bool:
+        """Map `key` to `page`, which somebody holds. False if the key is known already: the first page stays."""
+        if key in self.page_of:
+            return False
+        self.page_of[key] = page
+        keys = self._keys_of.get(page)
+        if keys is None:
+            self._keys_of[page] = [key]
+        else:
+            keys.append(key)
+        self._pool.num_keys[page] += 1
+        return True
+
+    def drop_pages(self, pages: Iterable[int]) -> None:
+        """Evicted pages lose all of their keys."""
+        for page in pages:
+            for key in self._keys_of.pop(page, ()):
+                del self.page_of[key]
+            self._pool.num_keys[page] = 0
+
+    def withdraw(self, key: bytes, page: int) -> None:
+        """Forget `key` if it maps to `page`: the step that computed it failed."""
+        if self.page_of.get(key) != page:
+            return
+        del self.page_of[key]
+        keys = self._keys_of[page]
+        keys.remove(key)
+        self._pool.num_keys[page] -= 1
+        if not keys:
+            del self._keys_of[page]
+            self._pool.lost_keys(np.array([page], np.int32))
+
+    def clear(self) -> None:
+        """Forget everything; live page tables are not touched."""
+        pages = np.array(list(self._keys_of), np.int32)
+        self.page_of.clear()
+        self._keys_of.clear()
+        self._pool.num_keys[pages] = 0
+        self._pool.lost_keys(pages)
+
+    def check_integrity(self, group: int) -> None:
+        """The two maps agree, and with the pool's counts. Raises InternalError."""
+        check(sum(map(len, self._keys_of.values())) == len(self.page_of), "index: the two maps differ in size")
+        for page, keys in self._keys_of.items():
+            check(all(self.page_of.get(key) == page for key in keys), f"index: a key of page {page} points elsewhere")
+            check(int(self._pool.num_keys[page]) == len(keys), f"index: page {page} has another number of keys")
+            check(int(self._pool.owner[page]) == group, f"index: page {page} belongs to another group")
