@@ -244,6 +244,8 @@ def keep_top_p(rows: F32, top_p: F32) -> None:
     """Keep the smallest set of likeliest ids whose probability reaches top_p, ties included; 1 keeps all."""
     for i in np.flatnonzero(top_p < 1):
         row = rows[i]
+        if row.max() == -np.inf:
+            continue  # nothing is allowed: the first id is as good as any
         probs = np.exp(row - row.max())
         order = np.sort(row)[::-1]
         total = np.cumsum(np.sort(probs)[::-1], dtype=np.float64)

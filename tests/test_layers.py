@@ -25,7 +25,7 @@ LAYERS = (
     {"specs"},
     {"step"},
     {"request"},
-    {"runner"},
+    {"runner", "opened"},
     {"resolve", "features", "metrics"},
     {"kv"},
     {"scheduler"},

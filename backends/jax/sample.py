@@ -151,7 +151,7 @@ def keep_top_p(x: Array, top_p: Array) -> Array:
 
 def sortable(x: Array) -> Array:
     """int32 keys in the order of the floats."""
-    x = x + 0.0  # -0 and 0 are equal
+    x = jnp.where(x == 0, 0.0, x)  # -0 and 0 are equal; adding 0 would be simplified away
     bits = lax.bitcast_convert_type(x, jnp.int32)
     return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
