@@ -86,8 +86,9 @@ class RunnerConfig:
     max_slots: int  # rows of the persistent device tables; slots are [0, max_slots)
     max_model_len: int
     page_tokens: tuple[int, ...]  # per group, in the order of specs.cache groups
-    token_buckets: tuple[int, ...]  # T, ascending
+    token_buckets: tuple[int, ...]  # T, ascending; empty where any shape runs
     row_buckets: tuple[int, ...]  # S, ascending
+    max_batched_tokens: int = 2048  # most tokens of a step, buckets or not
     num_replicas: int = 1
     max_in_flight: int = 2
     sampler_limits: SamplerLimits = field(default_factory=SamplerLimits)

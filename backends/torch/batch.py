@@ -1,0 +1,87 @@
+"""A StepPlan as tensors on the device: everything is copied out of the plan before `submit` returns.
+
+Letters: T tokens · S rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backends.torch.tables import Tables
+from cuda_kernels.dispatch import Work
+from cuda_kernels.paged_attention import decode_groups
+from engine.specs.cache import CacheLayout
+from engine.step import StepPlan, query_starts
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The rows and tokens of one step. Lists are the host's; tensors are on the device, i64."""
+
+    starts: list[int]  # [S]
+    num_new: list[int]  # [S]
+    num_computed: list[int]  # [S]
+    token_ids: Tensor  # [T]
+    positions: Tensor  # [T]
+    token_rows: Tensor  # [T]
+    index: Tensor  # [T] each token's index in its sequence
+    slots: Tensor  # [S]
+    logit_rows: Tensor  # [L]
+
+
+def pack(plan: StepPlan, tables: Tables) -> Batch:
+    """One host array, one copy to the device."""
+    starts = query_starts(plan)[:-1]
+    rows = np.repeat(np.arange(plan.num_rows), plan.num_new)
+    index = np.arange(plan.num_tokens) - starts[rows] + plan.num_computed[rows]
+    parts = (plan.token_ids, plan.positions[0], rows, index, plan.slots, plan.logit_rows)
+    packed = tables.to_device(np.concatenate([np.asarray(part, np.int64) for part in parts]))
+    sizes = [len(part) for part in parts]
+    tokens, positions, token_rows, token_index, slots, logit_rows = packed.split(sizes)
+    return Batch(
+        starts=starts.tolist(),
+        num_new=plan.num_new.tolist(),
+        num_computed=plan.num_computed.tolist(),
+        token_ids=tokens,
+        positions=positions,
+        token_rows=token_rows,
+        index=token_index,
+        slots=slots,
+        logit_rows=logit_rows,
+    )
+
+
+def works_of(batch: Batch, tables: Tables, layout: CacheLayout) -> list[Work]:
+    """The attention work of each group."""
+    device = batch.slots.device
+    decodes = decode_groups(batch.starts, batch.num_new, batch.num_computed, device)
+    works = []
+    for group, pages in zip(layout.groups, tables.pages, strict=True):
+        table = pages[batch.slots]  # [S, max_pages]
+        page = table[batch.token_rows, batch.index // group.page_tokens]
+        works.append(
+            Work(
+                page_tokens=group.page_tokens,
+                page_table=table,
+                query_starts=batch.starts,
+                num_new=batch.num_new,
+                num_computed=batch.num_computed,
+                write_at=page * group.page_tokens + batch.index % group.page_tokens,
+                decodes=decodes,
+            )
+        )
+    return works
+
+
+def known_ids(batch: Batch, tables: Tables, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """(token ids [T] in [0, V), flag bool [S] of rows that had any outside). -1 takes the device's own last token."""
+    last = tables.last_token[batch.slots[batch.token_rows]]
+    ids = torch.where(batch.token_ids == -1, last, batch.token_ids)
+    outside = (ids < 0) | (ids >= vocab_size)
+    bad = torch.zeros(len(batch.starts), dtype=torch.int64, device=ids.device)
+    bad.index_add_(0, batch.token_rows, outside.long())
+    return ids.clamp(0, vocab_size - 1), bad > 0

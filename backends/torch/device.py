@@ -1,0 +1,52 @@
+"""The device of this process: which it is, how much memory it has, what the runner can do with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from engine.errors import ConfigError
+from engine.runner import Capability, DeviceInfo
+
+CAPABILITIES = frozenset({Capability.LATE_MASK, Capability.PROMPT_LOGPROBS})
+HOST_SHARE = 4  # a CPU runner takes a quarter of the free memory: the host is not the engine's alone
+
+
+def describe(device: torch.device) -> DeviceInfo:
+    total, free = memory(device)
+    cuda = device.type == "cuda"
+    return DeviceInfo(
+        kind="gpu" if cuda else "cpu",
+        name=torch.cuda.get_device_name(device) if cuda else "CPU",
+        memory_bytes=total,
+        free_bytes=free,
+        capabilities=CAPABILITIES,
+        max_in_flight=2,
+        page_tokens=64,
+        default_dtype="bfloat16" if cuda else "float32",
+        supported_dtypes=("float32", "bfloat16", "float16") if cuda else ("float32", "bfloat16"),
+        bucket_style="exact",
+    )
+
+
+def memory(device: torch.device) -> tuple[int, int]:
+    """(total, free) bytes of a device; of the host for a CPU."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return total, free
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    kib = {name: int(text.split()[0]) for name, text in fields.items()}
+    return kib["MemTotal"] * 1024, kib["MemAvailable"] * 1024
+
+
+def choose_device(requested: str) -> torch.device:
+    """The device of `--device`."""
+    if requested == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = {"gpu": "cuda"}.get(requested, requested)
+    if name not in ("cpu", "cuda"):
+        raise ConfigError(f"--device: {requested!r} is not known to the torch backend; auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device: 'cuda' was asked for and torch sees no GPU; use --device cpu, or a CUDA torch")
+    return torch.device(name)

@@ -1,0 +1,38 @@
+"""What a plan must be like for this runner: a part that was not announced, or a size that was not agreed, is refused.
+
+Raises InternalError: a plan is made by the engine, a wrong one is our own bug. Called by the runner at submit.
+"""
+
+from __future__ import annotations
+
+from engine.errors import check
+from engine.runner import RunnerConfig
+from engine.step import StepPlan
+
+
+def check_plan(plan: StepPlan, config: RunnerConfig) -> None:
+    step = f"step {plan.step_id}"
+    for used, name in (
+        (plan.num_steps != 1, "multi_step"),
+        (plan.drafts is not None, "drafts"),
+        (plan.states is not None, "state"),
+        (plan.encodes is not None, "cross"),
+        (plan.transfers is not None, "transfers"),
+        (plan.pooling is not None, "pooling"),
+        (plan.adapter_slots is not None, "adapters"),
+    ):
+        check(not used, f"{step}: {name} was not announced")
+    check(int(plan.num_new.sum()) == plan.num_tokens, f"{step}: num_new does not sum to {plan.num_tokens} tokens")
+    check(plan.positions.shape == (1, plan.num_tokens), f"{step}: positions {plan.positions.shape}; expected one axis")
+    check(not plan.num_rows or int(plan.num_logits.max()) <= 1, f"{step}: several logits a row, without drafts")
+    check(len(plan.logit_rows) == int(plan.num_logits.sum()), f"{step}: logit_rows and num_logits disagree")
+    limit = config.sampler_limits.max_logprobs
+    check(-1 <= plan.num_logprobs <= limit, f"{step}: {plan.num_logprobs} logprobs, the limit is {limit}")
+    if plan.prompt_logprobs is not None:
+        scored = plan.prompt_logprobs
+        check(scored.token_idx.shape == scored.targets.shape, f"{step}: prompt logprobs of unequal lengths")
+        check(0 <= scored.num_top <= limit, f"{step}: {scored.num_top} prompt logprobs, the limit is {limit}")
+    if plan.num_rows:
+        slots, longest = plan.slots, int((plan.num_computed + plan.num_new).max())
+        check(slots.min() >= 0 and slots.max() < config.max_slots, f"{step}: slots {slots.tolist()}")
+        check(longest <= config.max_model_len, f"{step}: a row of {longest}, the limit is {config.max_model_len}")

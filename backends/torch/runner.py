@@ -1,0 +1,361 @@
+"""The PyTorch runner: engine/runner.py's ModelRunner over eager torch.
+
+A step is two jobs, forward and sampling, run in the order of submission: on a GPU they are queued on the stream by
+`submit` itself, on a CPU by one worker thread, so that `submit` returns at once on both.
+Always true: a step that waits for its mask holds up those behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backends.torch import device as devices
+from backends.torch.batch import Batch, known_ids, pack, works_of
+from backends.torch.plans import check_plan
+from backends.torch.results import Outcome, Scores, read_result
+from backends.torch.sample import argmax, pick, score
+from backends.torch.tables import Tables
+from backends.torch.weights import DTYPES, load_params
+from cuda_kernels.dispatch import cache_shape
+from engine.errors import ConfigError, StepFailed, check, fail
+from engine.opened import Use, is_poisoned, row_uses
+from engine.runner import DeviceInfo, Placement, Progress, RunnerConfig
+from engine.specs.cache import CacheLayout
+from engine.specs.checkpoint import stream_params
+from engine.specs.weights import dummy_params
+from engine.step import I32, U32, Event, OpenedRows, Sampler, StepPlan, StepResult
+from torch_models.decoder import Decoder
+
+CLOSED = -1
+SCORE_BYTES = 256 << 20  # logits of prompt tokens that are scored together
+CPU_CACHE_BYTES = 8 << 30  # most that the KV pool takes of a host by itself
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """A step between submit and collect; equal only to itself. It is its own handle."""
+
+    step_id: int
+    plan: StepPlan  # scalars and private copies only are read after submit
+    batch: Batch
+    sampling_rows: I32
+    sampling_slots: Tensor
+    uses: Use
+    poisoned: I32
+    mask: Tensor | None = None
+    begun: bool = False
+    ended: bool = False
+    outcome: Outcome | None = None
+    done: Future[None] | None = None
+
+
+class Runner:
+    def __init__(self) -> None:
+        self._steps: list[Step] = []
+        self._decoder: Decoder | None = None
+        self._tables: Tables | None = None
+        self._caches: list[Tensor] = []
+        self._worker: ThreadPoolExecutor | None = None
+        self._device = devices.choose_device("auto")
+
+    # life
+
+    def describe(self) -> DeviceInfo:
+        return devices.describe(self._device)
+
+    def configure(self, config: RunnerConfig, place: Placement) -> None:
+        for name, value, only in (
+            ("num_replicas", config.num_replicas, 1),
+            ("process_count", place.process_count, 1),
+            ("tensor_size", place.tensor_size, 1),
+        ):
+            if value != only:
+                raise ConfigError(f"{name}: {value} is not supported by the torch backend yet; expected {only}")
+        self._config = config
+        self._device = devices.choose_device(config.device)
+        if config.num_threads:
+            torch.set_num_threads(config.num_threads)
+        if self._device.type == "cpu":
+            self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="twinfer-torch")
+        self._generation = np.full(config.max_slots, CLOSED, np.int64)
+        self._uses = np.zeros(config.max_slots, np.int32)
+        self._poisoned = np.zeros(config.max_slots, np.bool_)
+
+    def load(self, checkpoint: Path | None, progress: Progress | None = None) -> None:
+        config = self._config
+        if config.load_format == "dummy":
+            stream = dummy_params(config.arch, config.seed)
+        elif config.load_format == "orbax":
+            raise ConfigError("--load-format: orbax is not supported by the torch backend; use safetensors")
+        else:
+            check(checkpoint is not None, "load needs a checkpoint unless the weights are dummies")
+            stream = stream_params(Path(str(checkpoint)), config.arch, progress)
+        params = load_params(config.arch, stream, config.dtype, self._device)
+        self._decoder = Decoder(config.arch, params, config.max_model_len).eval()
+
+    def cache_budget_bytes(self) -> int:
+        free = devices.memory(self._device)[1] - self._workspace_bytes()
+        if self._device.type == "cpu":
+            free = min(free // devices.HOST_SHARE, CPU_CACHE_BYTES)
+        return max(0, free)
+
+    def _workspace_bytes(self) -> int:
+        """Activations and logits of the largest step, with room for the sampler's float32 copies and tables."""
+        config, arch = self._config, self._config.arch
+        tokens = config.max_batched_tokens
+        widest = max(2 * layer.ffn.size + arch.hidden_size for layer in arch.layers)
+        activations = tokens * widest * 4 * 3
+        sampling = min(config.max_slots, tokens) * arch.vocab_size * 4 * 12
+        tables = config.max_slots * arch.vocab_size * 9
+        gathered = 2 * config.max_model_len * 4 * max(x.mixer.num_heads * x.mixer.head_size for x in arch.layers) * 4
+        return activations + sampling + tables + gathered + SCORE_BYTES * 3
+
+    def allocate_cache(self, layout: CacheLayout) -> None:
+        config = self._config
+        self._layout = layout
+        self._caches = [
+            torch.zeros(
+                cache_shape(pool.num_layers, pool.num_pages, pool.page_tokens, pool.num_kv_heads, pool.head_size),
+                dtype=DTYPES[config.kv_dtype],
+                device=self._device,
+            )
+            for pool in layout.pools
+        ]
+        found = {
+            layer: (index, group.pool, nth)
+            for index, group in enumerate(layout.groups)
+            for nth, layer in enumerate(group.spec.layers)
+        }
+        self._places = [found[layer] for layer in range(len(found))]
+        max_pages = [-(-config.max_model_len // group.page_tokens) for group in layout.groups]
+        self._tables = Tables(config.max_slots, max_pages, config.arch.vocab_size, config.sampler_limits, self._device)
+
+    def warm_up(self, progress: Progress | None = None) -> None:
+        """Nothing is compiled; one call loads what torch loads lazily."""
+        with torch.inference_mode():
+            decoder = self._ready()[0]
+            hidden = torch.zeros(1, self._config.arch.hidden_size, dtype=decoder.embed.dtype, device=self._device)
+            decoder.logits(hidden)
+        if progress is not None:
+            progress("warm_up", 1, 1)
+
+    def num_compiles(self) -> int:
+        return 0
+
+    def shutdown(self) -> None:
+        if self._worker is not None:
+            self._worker.shutdown(wait=True, cancel_futures=True)
+            self._worker = None
+        self._steps.clear()
+        self._decoder, self._tables, self._caches = None, None, []
+
+    def _ready(self) -> tuple[Decoder, Tables]:
+        if self._decoder is None or self._tables is None:
+            fail("load and allocate_cache come first")
+        return self._decoder, self._tables
+
+    # steps
+
+    def submit(self, plans: Sequence[StepPlan]) -> Step:
+        _, tables = self._ready()
+        check(len(self._steps) < self._config.max_in_flight, f"{len(self._steps)} steps are in flight already")
+        check(len(plans) == 1, f"{len(plans)} plans for 1 replica")
+        plan = plans[0]
+        check_plan(plan, self._config)
+        self._check_tenancies(plan)
+        rows = np.flatnonzero(plan.num_logits).astype(np.int32)
+        slots = plan.slots[rows]
+        uses = Use.NONE
+        if plan.sampler is Sampler.FULL or plan.late_mask:
+            uses = Use(int(np.bitwise_or.reduce(self._uses[slots], initial=0)))
+        plan = private(plan)
+        step = Step(
+            step_id=plan.step_id,
+            plan=plan,
+            batch=pack(plan, tables),
+            sampling_rows=rows,
+            sampling_slots=tables.to_device(slots.astype(np.int64)),
+            uses=uses,
+            poisoned=self._poisoned_rows(plan),
+        )
+        self._steps.append(step)
+        self._advance()
+        return step
+
+    def provide_mask(self, handle: Any, rows: I32, bits: U32) -> None:
+        step = self._find(handle)
+        plan, vocab = step.plan, self._config.arch.vocab_size
+        check(plan.late_mask, f"step {step.step_id} was not submitted with a late mask")
+        check(step.mask is None, f"step {step.step_id} has its mask already")
+        words = -(-vocab // 32)
+        check(bits.shape == (len(rows), words), f"mask bits {bits.shape} for {len(rows)} rows of {words} words")
+        check(not len(rows) or (rows.min() >= 0 and rows.max() < plan.num_rows), f"mask rows {rows.tolist()}")
+        allowed = np.ones((plan.num_rows, vocab), np.bool_)
+        unpacked = np.unpackbits(np.ascontiguousarray(bits.astype("<u4")).view(np.uint8), axis=1, bitorder="little")
+        allowed[rows] = unpacked[:, :vocab].astype(np.bool_)
+        step.mask = self._ready()[1].to_device(allowed[step.sampling_rows])
+        step.uses |= Use.MASK if len(rows) else Use.NONE
+        self._advance()
+
+    def collect(self, handle: Any) -> Sequence[StepResult]:
+        step = self._find(handle)
+        check(step is self._steps[0], f"step {step.step_id} is collected before {self._steps[0].step_id}")
+        check(step.ended, f"step {step.step_id} waits for its mask")
+        try:
+            if step.done is not None:
+                step.done.result()
+            if step.outcome is None:
+                fail(f"step {step.step_id} has no outcome")
+            result = read_result(step.plan, step.sampling_rows, step.poisoned, step.outcome)
+        except RuntimeError as error:  # torch's own, out of memory among them; the cache is still there
+            text = str(error).splitlines()[0][:200] if str(error) else ""
+            raise StepFailed(f"{type(error).__name__}: {text}") from error
+        finally:
+            self._steps.pop(0)
+        return (result,)
+
+    def poll(self) -> list[Event]:
+        return []
+
+    def _find(self, handle: Any) -> Step:
+        for step in self._steps:
+            if step is handle:
+                return step
+        raise KeyError(f"step {getattr(handle, 'step_id', handle)} is not in flight")
+
+    def _check_tenancies(self, plan: StepPlan) -> None:
+        """Keeps the host's mirror of the slots."""
+        if plan.closed is not None:
+            is_open = self._generation[plan.closed] != CLOSED
+            check(is_open.all(), f"step {plan.step_id} closes slots {plan.closed[~is_open].tolist()}: not open")
+            self._generation[plan.closed] = CLOSED
+        if plan.opened is not None:
+            opened: OpenedRows = plan.opened
+            self._generation[opened.slots] = opened.generation
+            for i, slot in enumerate(opened.slots.tolist()):
+                self._uses[slot] = row_uses(opened.sampling, i)
+                self._poisoned[slot] = is_poisoned(opened.sampling, i, self._config.arch.vocab_size)
+        same = self._generation[plan.slots] == plan.generation
+        check(same.all(), f"step {plan.step_id} uses slots {plan.slots[~same].tolist()} of another generation")
+
+    def _poisoned_rows(self, plan: StepPlan) -> I32:
+        """Rows whose tables or prompt-logprob targets hold ids outside the vocabulary."""
+        poisoned = self._poisoned[plan.slots]
+        scored = plan.prompt_logprobs
+        if scored is not None:
+            outside = (scored.targets < 0) | (scored.targets >= self._config.arch.vocab_size)
+            rows = np.searchsorted(np.cumsum(plan.num_new), scored.token_idx[outside], side="right")
+            poisoned[rows] = True
+        return np.flatnonzero(poisoned).astype(np.int32)
+
+    def _advance(self) -> None:
+        """Start everything that may start, in order."""
+        for step in self._steps:
+            if not step.begun:
+                step.begun = True
+                self._run(step, self._forward)
+            if step.plan.late_mask and step.mask is None:
+                return
+            if not step.ended:
+                step.ended = True
+                self._run(step, self._sample)
+
+    def _run(self, step: Step, job: Callable[[Step], None]) -> None:
+        if self._worker is not None:
+            step.done = self._worker.submit(in_order, step.done, job, step)
+            return
+        try:
+            with torch.inference_mode():
+                job(step)
+        except RuntimeError as error:
+            step.done = Future()
+            step.done.set_exception(error)
+
+    # jobs
+
+    def _forward(self, step: Step) -> None:
+        """Table updates, copies, the model, logits of the sampling rows, scores of prompt tokens."""
+        decoder, tables = self._ready()
+        plan, batch = step.plan, step.batch
+        if plan.opened is not None:
+            tables.open(plan.opened)
+        for group, delta in enumerate(plan.page_deltas):
+            if delta is not None and len(delta.slots):
+                tables.set_pages(group, delta)
+        if plan.copies is not None:
+            self._copy_pages(plan)
+        ids, bad = known_ids(batch, tables, self._config.arch.vocab_size)
+        if plan.num_rows:
+            works = works_of(batch, tables, self._layout)
+            hidden, _ = decoder(ids, batch.positions, self._caches, self._places, works)
+        else:
+            hidden = torch.zeros(0, self._config.arch.hidden_size, device=self._device, dtype=decoder.embed.dtype)
+        logits = decoder.logits(hidden[batch.logit_rows])
+        step.outcome = Outcome(logits=logits, bad=bad, prompt_scores=self._score_prompt(decoder, hidden, plan))
+
+    def _score_prompt(self, decoder: Decoder, hidden: Tensor, plan: StepPlan) -> list[Scores]:
+        scored, pieces = plan.prompt_logprobs, []
+        if scored is None:
+            return []
+        tables = self._ready()[1]
+        piece = max(1, SCORE_BYTES // (4 * self._config.arch.vocab_size))
+        for start in range(0, len(scored.targets), piece):
+            chosen = tables.to_device(scored.token_idx[start : start + piece].astype(np.int64))
+            targets = tables.to_device(scored.targets[start : start + piece].astype(np.int64))
+            safe = targets.clamp(0, self._config.arch.vocab_size - 1)
+            pieces.append(score(decoder.logits(hidden[chosen]), safe, scored.num_top))
+        return pieces
+
+    def _sample(self, step: Step) -> None:
+        outcome, plan = step.outcome, step.plan
+        if outcome is None:
+            fail(f"step {step.step_id} has not run")
+        tables, logits = self._ready()[1], outcome.logits
+        plain = step.uses is Use.NONE or plan.sampler is Sampler.GREEDY and not plan.late_mask
+        tokens = argmax(logits) if plain else pick(logits, step.sampling_slots, step.mask, tables, step.uses)
+        tables.advance(step.sampling_slots, tokens)
+        scores = score(logits, tokens, plan.num_logprobs) if plan.num_logprobs >= 0 else None
+        outcome.finish(tokens, scores)
+
+    def _copy_pages(self, plan: StepPlan) -> None:
+        copies = plan.copies
+        if copies is None:
+            return
+        for i in range(len(copies.source)):
+            parts = (copies.pool, copies.source, copies.target, copies.tokens)
+            pool, source, target, count = (int(part[i]) for part in parts)
+            page = self._layout.pools[pool].page_tokens
+            cache = self._caches[pool]
+            cache[..., target * page : target * page + count, :] = cache[..., source * page : source * page + count, :]
+
+
+def in_order(before: Future[None] | None, job: Callable[[Step], None], step: Step) -> None:
+    """Run a job on the worker; a step whose forward failed fails as a whole."""
+    if before is not None:
+        before.result()
+    with torch.inference_mode():
+        job(step)
+
+
+def private(plan: StepPlan) -> StepPlan:
+    """The plan with copies of the arrays that the jobs read later."""
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            return value.copy()
+        if isinstance(value, tuple):
+            return tuple(copied(part) for part in value)
+        if is_dataclass(value) and not isinstance(value, type):
+            return replace(value, **{f.name: copied(getattr(value, f.name)) for f in fields(value)})
+        return value
+
+    kept = {name: copied(getattr(plan, name)) for name in ("opened", "page_deltas", "copies", "prompt_logprobs")}
+    return replace(plan, **kept)

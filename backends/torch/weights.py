@@ -1,0 +1,77 @@
+"""How this backend stores parameters: the Storage table, logical -> stored, and the loader that goes through it.
+
+q, k and v are rows of one tensor, gate and up of another: fewer and larger products. Everything else is stored as it is
+named, [out, in], in the activation dtype. Called by the runner's load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.errors import check
+from engine.specs.arch import ArchSpec
+from engine.specs.weights import ParamSpec, RawTensor, param_table
+
+FUSED = {
+    "qkv": ("q", "k", "v"),
+    "qkv_bias": ("q_bias", "k_bias", "v_bias"),
+    "gate_up": ("gate", "up"),
+    "gate_up_bias": ("gate_bias", "up_bias"),
+}
+FUSED_INTO = {part: stored for stored, parts in FUSED.items() for part in parts}
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def storage(arch: ArchSpec) -> dict[str, tuple[str, int, tuple[int, ...]]]:
+    """Parameter name -> (stored name, first row, shape of the stored tensor)."""
+    heights: dict[str, int] = {}
+    places: list[tuple[ParamSpec, str, int]] = []
+    for param in param_table(arch):
+        stem, _, part = param.name.rpartition(".")
+        name = f"{stem}.{FUSED_INTO.get(part, part)}" if stem else part
+        places.append((param, name, heights.get(name, 0)))
+        heights[name] = heights.get(name, 0) + param.shape[0]
+    return {param.name: (name, start, (heights[name], *param.shape[1:])) for param, name, start in places}
+
+
+def load_params(
+    arch: ArchSpec, stream: Iterator[tuple[ParamSpec, RawTensor]], dtype: str, device: torch.device
+) -> dict[str, Any]:
+    """The parameters on the device, in the tree that torch_models.decoder.Params describes."""
+    places = storage(arch)
+    flat: dict[str, Tensor] = {}
+    rows_left = {name: shape[0] for name, _, shape in places.values()}
+    for param, raw in stream:
+        name, start, shape = places[param.name]
+        if name not in flat:
+            flat[name] = torch.empty(shape, dtype=DTYPES[dtype], device=device)
+        flat[name][start : start + param.shape[0]].copy_(as_tensor(raw))
+        rows_left[name] -= param.shape[0]
+    missing = sorted(name for name, left in rows_left.items() if left)
+    check(not missing, f"parameters are incomplete: {missing}")
+    return tree(arch, flat)
+
+
+def as_tensor(raw: RawTensor) -> Tensor:
+    """The numbers as a CPU tensor of their own dtype; bfloat16 travels as uint16 bits."""
+    if raw.dtype == "bfloat16":
+        return torch.from_numpy(raw.data.view("int16").copy()).view(torch.bfloat16)
+    return torch.from_numpy(raw.data.copy())
+
+
+def tree(arch: ArchSpec, flat: dict[str, Tensor]) -> dict[str, Any]:
+    """{"layers.3.qkv": x} -> {"layers": [.., {"qkv": x}]}."""
+    layers: list[dict[str, Tensor]] = [{} for _ in arch.layers]
+    params: dict[str, Any] = {"layers": layers}
+    for name, value in flat.items():
+        if name.startswith("layers."):
+            _, index, part = name.split(".")
+            layers[int(index)][part] = value
+        else:
+            params[name] = value
+    return params

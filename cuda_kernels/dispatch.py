@@ -1,0 +1,80 @@
+"""Which kernel runs where: the only device branches of the PyTorch side.
+
+Called by torch_models (paged_attention) and by backends/torch (cache shapes). Takes tensors and plain values.
+Letters: T tokens · S rows · N query heads · K KV heads · H head size · L layers of a pool · P pages of a pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cuda_kernels import paged_attention as plain
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What attention must do in this step for the layers of one group.
+
+    Row r owns tokens [query_starts[r], query_starts[r] + num_new[r]) of the step, at positions from num_computed[r] on.
+    The three lists are the host's, so that no kernel choice waits for the device.
+    """
+
+    page_tokens: int
+    page_table: Tensor  # i64 [S, max_pages]
+    query_starts: Sequence[int]  # [S]
+    num_new: Sequence[int]  # [S]
+    num_computed: Sequence[int]  # [S] tokens in the cache before this step
+    write_at: Tensor  # i64 [T] page * page_tokens + offset of each token
+    decodes: tuple[plain.DecodeGroup, ...]  # rows with one new token, rows of like length together
+
+
+def cache_shape(
+    num_layers: int, num_pages: int, page_tokens: int, num_kv_heads: int, head_size: int
+) -> tuple[int, ...]:
+    """[L, 2, K, P * page, H]: keys, then values; a head's tokens lie together, so that pages gather without a turn."""
+    return (num_layers, 2, num_kv_heads, num_pages * page_tokens, head_size)
+
+
+def paged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: Tensor,
+    layer_index: int,
+    work: Work,
+    *,
+    scale: float,
+    window: int | None = None,
+    logit_cap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Write this step's keys and values into the pages, then attend. -> ([T, N, H] of q's dtype, cache).
+
+    q: [T, N, H]; k, v: [T, K, H]; cache: [L, 2, K, P * page, H], changed in place. A query at position p sees keys in
+    (p - window, p]. logit_cap: cap * tanh(logits / cap) before the softmax.
+    """
+    tokens, heads, size = q.shape
+    kv_heads = k.shape[1]
+    if k.shape != v.shape or k.shape != (tokens, kv_heads, size) or heads % kv_heads:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not belong together")
+    if cache.shape[1:3] != (2, kv_heads) or cache.shape[4] != size:
+        raise ValueError(f"cache {tuple(cache.shape)} does not hold k {tuple(k.shape)}")
+    out = plain.paged_attention(
+        q,
+        k,
+        v,
+        cache[layer_index],
+        page_tokens=work.page_tokens,
+        page_table=work.page_table,
+        query_starts=work.query_starts,
+        num_new=work.num_new,
+        num_computed=work.num_computed,
+        write_at=work.write_at,
+        decodes=work.decodes,
+        scale=scale,
+        window=window,
+        logit_cap=logit_cap,
+    )
+    return out, cache

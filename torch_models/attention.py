@@ -1,0 +1,54 @@
+"""Attention mixers. Twin of jax_models/attention.py.
+
+The body is mathematics only; keys and values are written and read by the one function of cuda_kernels.dispatch.
+Letters: T tokens · D width · N query heads · K KV heads · H head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from cuda_kernels.dispatch import Work, paged_attention
+from engine.specs import arch
+from torch_models.layers import rms_norm, rotate
+from torch_models.linear import linear
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over a paged cache. q, k and v are rows of one weight."""
+
+    def __init__(self, spec: arch.Attention, norms: arch.Norms, params: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.spec = spec
+        self.norms = norms
+        self.qkv = params["qkv"]  # [(N + 2K) * H, D]
+        self.qkv_bias = params.get("qkv_bias")  # [(N + 2K) * H]
+        self.q_norm = params.get("q_norm")  # [H]
+        self.k_norm = params.get("k_norm")  # [H]
+        self.o = params["o"]  # [D, N * H]
+        self.o_bias = params.get("o_bias")  # [D]
+
+    def forward(
+        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, cache: Tensor, layer_index: int, work: Work
+    ) -> tuple[Tensor, Tensor]:
+        """x: [T, D]; cos, sin: f32 [T, R / 2], None without rope -> ([T, D], cache with this step's keys and values)."""
+        spec = self.spec
+        q, k, v = self.project(x)
+        if spec.qk_norm:
+            q = rms_norm(q, self.q_norm, self.norms.eps, self.norms.offset)
+            k = rms_norm(k, self.k_norm, self.norms.eps, self.norms.offset)
+        if cos is not None:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        out, cache = paged_attention(
+            q, k, v, cache, layer_index, work, scale=spec.scale, window=spec.window, logit_cap=spec.logit_cap
+        )
+        out = out.reshape(x.shape[0], spec.num_heads * spec.head_size)
+        return linear(out, self.o, self.o_bias), cache
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x: [T, D] -> q [T, N, H], k [T, K, H], v [T, K, H]."""
+        heads, kv_heads = self.spec.num_heads, self.spec.num_kv_heads
+        qkv = linear(x, self.qkv, self.qkv_bias).reshape(x.shape[0], heads + 2 * kv_heads, self.spec.head_size)
+        return qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
