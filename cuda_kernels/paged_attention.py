@@ -1,7 +1,7 @@
 """Ragged paged attention in plain torch: runs anywhere, the reference of every other kernel.
 
 Rows with one new token (decode) are gathered in groups of like length, the query heads of a KV head folded into the
-query length; rows with more (prefill) go tile by tile over their own pages. Work is proportional to the tokens attended,
+query length; rows with more (prefill) go tile by tile over their own pages. Work is proportional to tokens attended,
 padded to the longest row of a group.
 Letters: T tokens · S rows · N query heads · K KV heads · G = N / K · H head size · C keys.
 """

@@ -33,7 +33,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor | None, sin: Tensor | None, cache: Tensor, layer_index: int, work: Work
     ) -> tuple[Tensor, Tensor]:
-        """x: [T, D]; cos, sin: f32 [T, R / 2], None without rope -> ([T, D], cache with this step's keys and values)."""
+        """x: [T, D]; cos, sin: f32 [T, R / 2], None without rope -> ([T, D], cache holding this step too)."""
         spec = self.spec
         q, k, v = self.project(x)
         if spec.qk_norm:

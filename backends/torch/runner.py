@@ -319,7 +319,7 @@ class Runner:
         if outcome is None:
             fail(f"step {step.step_id} has not run")
         tables, logits = self._ready()[1], outcome.logits
-        plain = step.uses is Use.NONE or plan.sampler is Sampler.GREEDY and not plan.late_mask
+        plain = step.uses is Use.NONE or (plan.sampler is Sampler.GREEDY and not plan.late_mask)
         tokens = argmax(logits) if plain else pick(logits, step.sampling_slots, step.mask, tables, step.uses)
         tables.advance(step.sampling_slots, tokens)
         scores = score(logits, tokens, plan.num_logprobs) if plan.num_logprobs >= 0 else None
