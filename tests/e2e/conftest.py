@@ -1,0 +1,19 @@
+"""One server per backend and session, on the default model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.e2e.server import ServerProcess
+
+# few buckets: the JAX server compiles each at start
+SMALL = ["--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--drain-timeout", "5"]
+
+
+@pytest.fixture(scope="session", params=["fake", "jax"])
+def server(request: pytest.FixtureRequest) -> Iterator[ServerProcess]:
+    process = ServerProcess(["--backend", request.param, *SMALL])
+    yield process
+    assert process.stop() == 0
