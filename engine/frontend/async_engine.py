@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -35,8 +36,14 @@ log = logging.getLogger("twinfer.engine")
 INLINE_CHARS = 2048  # shorter prompts are tokenised in the loop: a thread would cost more
 TOKENIZER_THREADS = 2
 RECEIVE_S = 0.25  # how late the receiving thread notices that it should stop
-MAX_UNREAD_BYTES = 256 << 10  # of one DELTA stream ...
-SLOW_READER_S = 30.0  # ... for this long: then the reader is given up
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReaderLimits:
+    """When a reader of a DELTA stream is given up: more than this unread, for this long."""
+
+    max_unread_bytes: int = 256 << 10
+    slow_reader_s: float = 30.0
 
 
 class RequestStream:
@@ -95,8 +102,10 @@ class AsyncEngine:
         *,
         client: CoreClient | None = None,
         listeners: Sequence[StatsListener] = (),
+        limits: ReaderLimits | None = None,
     ) -> None:
         self.config = config or EngineConfig()
+        self._limits = limits or ReaderLimits()
         self.listeners: list[StatsListener] = list(listeners)
         self._client: CoreClient = client or ProcessClient()
         self._pool = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="twinfer-text")
@@ -312,11 +321,11 @@ class AsyncEngine:
         if stream is None:
             return
         stream.wake()
-        if state.kind is RequestOutputKind.DELTA and state.unread_bytes > MAX_UNREAD_BYTES:
+        if state.kind is RequestOutputKind.DELTA and state.unread_bytes > self._limits.max_unread_bytes:
             now = time.monotonic()
             if stream.unread_since is None:
                 stream.unread_since = now
-            elif now - stream.unread_since > SLOW_READER_S:
+            elif now - stream.unread_since > self._limits.slow_reader_s:
                 self._abort_in_core(list(state.keys))
                 error = RequestError("the answer was not read for too long; the request was ended")
                 error.code = "slow_reader"

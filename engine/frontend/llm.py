@@ -17,6 +17,7 @@ from engine.core.messages import AbortRequests, FromCore, Reply, ResetPrefixCach
 from engine.errors import InvalidValue
 from engine.frontend.chat import RenderOptions
 from engine.frontend.input import PreparedRequest, Prompt
+from engine.frontend.interrupt import DeferredInterrupt
 from engine.frontend.model import locate_model, open_model
 from engine.frontend.options import engine_config
 from engine.frontend.output import OutputProcessor, RequestState
@@ -115,7 +116,7 @@ class LLM:
         states: list[RequestState] = []
         bar = GenerationBar(len(prepared)) if use_tqdm and prepared else NoBar()
         try:
-            with bar:
+            with bar, DeferredInterrupt() as interrupt:
                 for request in prepared:
                     request.arrival = time.monotonic()
                     self._client.send(request.message(self._next_key))
@@ -124,6 +125,7 @@ class LLM:
                     self._num_requests += 1
                 while self._outputs.requests:
                     self._on_messages(self._client.receive(RECEIVE_S), bar)
+                    interrupt.check()
         except BaseException:
             self._abort(states)
             raise

@@ -124,7 +124,7 @@ class Processed:
     """What one message, taken in at `now`, changed."""
 
     now: float = field(default_factory=time.monotonic)
-    touched: list[RequestState] = field(default_factory=list)  # readers to wake, each once
+    touched: list[RequestState] = field(default_factory=list)  # readers to wake; more than once where n > 1
     aborts: list[int] = field(default_factory=list)  # keys that the core should stop working on
     iteration: IterationStats = field(default_factory=IterationStats)
     stats: SchedulerStats | None = None
@@ -253,9 +253,7 @@ class OutputProcessor:
         done: Processed,
     ) -> None:
         """Tokens of one row into its sequence: text, stop strings, the end."""
-        if not sequence.fresh:
-            sequence.fresh = True
-            done.touched.append(state)
+        sequence.fresh = True
         sequence.num_tokens += len(tokens)
         state.times.num_generation_tokens += len(tokens)
         stop, used = self._detokenize(state.request.params, sequence, tokens, finish)
@@ -271,10 +269,12 @@ class OutputProcessor:
                 done.aborts.append(state.key + sequence.index)
             self._end(state, sequence, "stop", stop, done)
         elif finish is not FinishReason.NONE:
-            reason = None
+            reason: int | None = None
             if finish is FinishReason.STOP and stop_token >= 0 and stop_token not in state.request.eos_ids:
                 reason = stop_token
             self._end(state, sequence, finish.text or "stop", reason, done)
+        if state.kind is not RequestOutputKind.FINAL_ONLY or state.finished:
+            done.touched.append(state)
 
     def _detokenize(
         self, params: SamplingParams, sequence: SequenceState, tokens: list[int], finish: FinishReason

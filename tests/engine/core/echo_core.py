@@ -1,8 +1,8 @@
 """A small engine core that answers messages, without scheduler or backend: it generates the prompt backwards, again
 and again.
 
-Run as a process by ProcessClient (`python -m tests.engine.core.echo_core`) or built in process. `config.model.model`
-picks a misbehaviour: "fail" (StartupError), "bug" (a stray exception), "exit" (dies while starting), "die at N" (dies
+Run as a process by ProcessClient (`python -m tests.engine.core.echo_core`) or built in process. The first of
+`config.model.served_model_name` picks a misbehaviour: "fail" (StartupError), "bug" (a stray exception), "exit" (dies while starting), "die at N" (dies
 at step N), "break at N" (raises at step N). A prompt with token 13 is refused.
 """
 
@@ -130,7 +130,7 @@ class EchoCore:
 
 
 def build(config: EngineConfig, model_path: Path, progress: Progress) -> tuple[EchoCore, CoreReady]:
-    kind = config.model.model
+    kind = next(iter(config.model.served_model_name), "")
     if kind == "fail":
         raise StartupError("--dtype: no; use float32")
     if kind == "bug":

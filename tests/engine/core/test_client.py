@@ -28,7 +28,7 @@ ECHO = "tests.engine.core.echo_core"
 
 
 def config(kind: str = "") -> EngineConfig:
-    return EngineConfig(model=ModelConfig(model=kind))
+    return EngineConfig(model=ModelConfig(served_model_name=(kind,)))
 
 
 def add(key: int, prompt: list[int], max_tokens: int = 4, n: int = 1) -> AddRequest:
