@@ -22,7 +22,7 @@ from backends.fake_device import Bool, Device, Forward
 from backends.fake_model import FakeOptions, unpack_mask
 from backends.fake_pages import PageContent
 from backends.fake_transfers import TransferQueue
-from engine.errors import StepFailed, check, fail
+from engine.errors import InternalError, StepFailed, check, fail
 from engine.runner import Capability, DeviceInfo, Placement, Progress, RunnerConfig
 from engine.specs.cache import CacheLayout
 from engine.step import I32, U32, Event, StepPlan, StepResult
@@ -170,7 +170,11 @@ class Runner:
         )
         self._queue.append(step)
         self._last_submitted = step_id
-        self._advance()
+        try:
+            self._advance()
+        except InternalError:
+            self._queue.remove(step)  # a plan that breaks the contract was not taken
+            raise
         return step.handle
 
     def provide_mask(self, handle: Handle, rows: I32, bits: U32) -> None:

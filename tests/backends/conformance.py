@@ -229,12 +229,14 @@ class Conformance(SamplingConformance):
             "allowed": tuple(range(0, 150, 3)), "bad_words": ((3,), (6, 9)), "num_logprobs": 2,
         }  # fmt: skip
         prompt = d.prompt(12)
+        neighbour = d.new(d.prompt(2), **loud)  # keeps every part of the sampler busy beside the quiet tenant
         for quiet in ({}, {"temperature": 1.0, "seed": 4}, {"repetition": 1.5, "bias": {8: 1.0}, "min_tokens": 2}):
             noisy = d.new(d.prompt(40), slot=d.free_slots[0], **loud)
             d.generate([noisy], 5)
             d.close(noisy)
             seq, clean = d.new(prompt, slot=noisy.slot, **quiet), fresh.new(prompt, **quiet)
-            d.generate([seq], OUTPUTS)
+            while len(seq.outputs) < OUTPUTS:
+                d.step([(neighbour, neighbour.left), (seq, seq.left)])
             fresh.generate([clean], OUTPUTS)
             assert seq.outputs == clean.outputs
             d.close(seq)
@@ -252,6 +254,56 @@ class Conformance(SamplingConformance):
         d.collect(d.submit(plan))
         d.generate([seq], OUTPUTS)
         self.same(seq, wanted)
+
+    def test_a_slot_changes_hands_while_its_tenant_is_in_flight(self, d: Driver) -> None:
+        """Slot and pages go to somebody else with the next step; the step in flight is not disturbed."""
+        if d.config.max_in_flight < 2:
+            pytest.skip("one step in flight")
+        prompts = [d.prompt(17), d.prompt(25)]
+        wanted = [self.alone(d, p) for p in prompts]
+        old = d.new(prompts[0], num_logprobs=0)
+        d.generate([old], OUTPUTS - 1)
+        free, d.free_pages[0] = d.free_pages[0], []  # the newcomer has to take the old one's pages
+        first = d.submit(d.plan([(old, 1)]))
+        d.close(old)
+        new = d.new(prompts[1], slot=old.slot, num_logprobs=0)
+        second = d.submit(d.plan([(new, 25)]))
+        assert not d.free_pages[0]
+        d.free_pages[0] = free
+        d.collect(first)
+        d.collect(second)
+        d.generate([new], OUTPUTS)
+        self.same(old, wanted[0])
+        self.same(new, wanted[1])
+
+    def test_a_closed_slot_is_refused(self, d: Driver) -> None:
+        seq = d.new(d.prompt(5))
+        d.generate([seq], 1)
+        plan = d.plan([(seq, 1)])
+        with pytest.raises(TwinferError):
+            d.runner.submit([replace(plan, generation=plan.generation + 1)])
+        d.close(seq)
+        d.generate([d.new(d.prompt(2))], 1)  # carries the close
+        with pytest.raises(TwinferError):
+            d.runner.submit([replace(plan, step_id=d.next_step())])
+
+    def test_many_rows_at_once(self, d: Driver) -> None:
+        """Every slot opened in one step, each with a long shared prefix: more table changes than rows."""
+        source = d.new(d.prompt(100))
+        d.step([(source, 60)])
+        d.step([(source, 40)])
+        rows = []
+        for n in range(d.config.max_slots - 1):
+            seq = d.new([*source.tokens[:96], n], num_logprobs=0, temperature=n % 2, seed=n, bias={n: 1.0})
+            assert d.share(seq, source, 96) is None
+            rows.append((seq, 1))
+        d.step(rows)
+        d.step(rows)
+        seqs = [seq for seq, _ in rows]
+        for seq in (*seqs, source):
+            d.close(seq)
+        for n, seq in enumerate(seqs):
+            self.same(seq, self.alone(d, seq.tokens[:97], 2, temperature=n % 2, seed=n, bias={n: 1.0}))
 
     # programs
 

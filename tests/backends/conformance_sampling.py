@@ -16,6 +16,7 @@ from engine.step import (
 )
 from tests.backends.conformance_fixtures import TOLERANCE, Fixtures
 from tests.backends.driver import Driver, Seq
+from tests.reference.philox import gumbel
 
 
 class SamplingConformance(Fixtures):
@@ -32,6 +33,12 @@ class SamplingConformance(Fixtures):
         d.generate([*strangers, *others, same], 12, chunk=20)
         assert same.outputs == wanted.outputs
         assert len({tuple(s.outputs) for s in (*others, same)}) == 4
+
+    def test_randomness_is_that_of_the_reference(self, d: Driver) -> None:
+        """So hot that the noise alone decides: Philox of (seed, output index, id), whatever the logits are."""
+        for seed in (0, 2**33 + 7):
+            seq = self.alone(d, d.prompt(4), 4, temperature=1e9, seed=seed)
+            assert seq.outputs == [int(np.argmax(gumbel(seed, k, d.arch.vocab_size))) for k in range(4)]
 
     @pytest.mark.parametrize(
         "narrow", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-3}], ids=lambda x: next(iter(x))

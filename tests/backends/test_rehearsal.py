@@ -137,7 +137,7 @@ def test_two_replicas() -> None:
     first = runner.submit([replace(plans[0], step_id=step_id, bucket=bucket), moved])
     results = runner.collect(first)
     assert [int(r.tokens[0, 0]) for r in results] == [w[0] for w in wanted]
-    idle = empty_plan(step_id + 1, Bucket(tokens=8, rows=8))
+    idle = empty_plan(step_id + 1, d.bucket(1, 1))
     decode = replace(
         idle, slots=i32(0), generation=moved.generation, num_computed=i32(5), num_new=i32(1), num_logits=i32(1),
         token_ids=i32(LAST_TOKEN), positions=np.array([[5]], np.int32), logit_rows=i32(0), sampler=Sampler.GREEDY,

@@ -168,7 +168,7 @@ def test_life_in_order() -> None:
         runner.submit([empty_plan(0, Bucket(tokens=1, rows=1))])
     d = Driver(Runner(), warm=False)
     with pytest.raises(InternalError, match="allocated"):
-        d.runner.submit([empty_plan(1, Bucket(tokens=8, rows=8))])
+        d.runner.submit([empty_plan(1, d.bucket(0, 0))])
 
 
 def test_failed_steps_are_collected_before_the_next_submit() -> None:
