@@ -122,7 +122,7 @@ def resolve_batch(config: EngineConfig, device: DeviceInfo, max_model_len: int) 
     """(max_num_seqs, max_num_batched_tokens)."""
     big = device.memory_bytes >= 70 * GIB
     default_seqs, default_tokens = {
-        "cpu": (64, 1024),
+        "cpu": (32, 512),
         "gpu": (1024, 8192) if big else (256, 2048),
         "tpu": (256, 2048),
     }.get(device.kind, (256, 2048))
@@ -153,18 +153,22 @@ def resolve_buckets(device: DeviceInfo, seqs: int, batched: int) -> tuple[tuple[
     """(row buckets, token buckets), ascending; empty where the device takes any shape."""
     if device.bucket_style == "exact":
         return (), ()
-    rows = powers_to(1, seqs)
     # decode steps have one token a row; beyond that, prefill chunks
-    tokens = tuple(sorted({*rows, *powers_to(64, batched)}))
-    return rows, tokens
+    if device.kind == "cpu":  # a program costs a second or two to compile, a few padded rows next to nothing
+        rows = tuple(n for n in powers_to(1, seqs) if n != 2 or seqs == 2)
+        chunks = powers_to(128, batched, 4)
+    else:
+        rows = powers_to(1, seqs)
+        chunks = powers_to(64, batched)
+    return rows, tuple(sorted({*rows, *chunks}))
 
 
-def powers_to(first: int, last: int) -> tuple[int, ...]:
-    """first, 2 * first, ... and `last` itself."""
+def powers_to(first: int, last: int, factor: int = 2) -> tuple[int, ...]:
+    """first, factor * first, ... and `last` itself."""
     values = []
     while first < last:
         values.append(first)
-        first *= 2
+        first *= factor
     return (*values, last)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from backends.jax import mesh
+from backends.jax import compile_cache, mesh
 from backends.jax.load import load_weights
 from backends.jax.plans import check_plan
 from backends.jax.programs import DeviceState, ProgramSet
@@ -96,6 +96,7 @@ class Runner:
             # the pool exists since jax started; CPUs can be taken from it from outside only
             log.warning("num_threads: jax uses every CPU of the process; limit it with taskset -c")
         self._config = config
+        compile_cache.enable()
         self._device = mesh.choose_device(config.device)
         self._generation = np.full(config.max_slots, CLOSED, np.int64)
         self._uses = np.zeros(config.max_slots, np.int32)
