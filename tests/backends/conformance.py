@@ -222,25 +222,31 @@ class Conformance(SamplingConformance):
     # slots
 
     def test_nothing_of_the_former_tenant_stays(self, d: Driver, fresh: Driver) -> None:
-        """S-14: a slot with every table in use, then tenants with few: as in a runner that has seen nobody."""
-        loud = {
-            "temperature": 1.5, "top_p": 0.5, "min_p": 0.2, "top_k": 3, "seed": 9, "presence": 2.0, "frequency": 2.0,
-            "repetition": 5.0, "min_tokens": 50, "stop_ids": tuple(range(0, 100, 2)), "bias": {5: 30.0, 6: -50.0},
-            "allowed": tuple(range(0, 150, 3)), "bad_words": ((3,), (6, 9)), "num_logprobs": 2,
-        }  # fmt: skip
+        """S-14: a slot whose tenant used every table against what comes next: as in a runner that has seen nobody."""
         prompt = d.prompt(12)
-        neighbour = d.new(d.prompt(2), **loud)  # keeps every part of the sampler busy beside the quiet tenant
+        neighbour = None
         for quiet in ({}, {"temperature": 1.0, "seed": 4}, {"repetition": 1.5, "bias": {8: 1.0}, "min_tokens": 2}):
-            noisy = d.new(d.prompt(40), slot=d.free_slots[0], **loud)
+            clean = fresh.new(prompt, **quiet)
+            fresh.generate([clean], OUTPUTS)
+            fresh.close(clean)
+            coming = set(clean.outputs)
+            loud = {
+                "temperature": 1.5, "top_p": 0.5, "min_p": 0.2, "top_k": 3, "seed": 9, "presence": 2.0,
+                "frequency": 2.0, "repetition": 5.0, "min_tokens": 50, "stop_ids": tuple(coming), "num_logprobs": 2,
+                "bias": dict.fromkeys(coming, -90.0), "allowed": tuple(v for v in range(199) if v not in coming),
+                "bad_words": tuple((v,) for v in coming),
+            }  # fmt: skip
+            if neighbour is None:  # keeps every part of the sampler busy beside the quiet tenants
+                neighbour = d.new(d.prompt(2), **loud)
+            noisy = d.new([*coming, *d.prompt(30)], slot=d.free_slots[0], **loud)
             d.generate([noisy], 5)
+            assert not coming & set(noisy.outputs)
             d.close(noisy)
-            seq, clean = d.new(prompt, slot=noisy.slot, **quiet), fresh.new(prompt, **quiet)
+            seq = d.new(prompt, slot=noisy.slot, **quiet)
             while len(seq.outputs) < OUTPUTS:
                 d.step([(neighbour, neighbour.left), (seq, seq.left)])
-            fresh.generate([clean], OUTPUTS)
             assert seq.outputs == clean.outputs
             d.close(seq)
-            fresh.close(clean)
 
     def test_a_slot_changes_hands_within_one_step(self, d: Driver) -> None:
         prompt = d.prompt(18)
