@@ -2,7 +2,7 @@
 
 The executor drives a runner with `submit(plans) -> handle`, `collect(handle) -> results`: `submit` returns at once, so
 that step n + 1 is planned while step n runs and sampled tokens stay on the device. Steps are collected in the order in
-which they were submitted; at most `DeviceInfo.max_in_flight` are open.
+which they were submitted; at most `RunnerConfig.max_in_flight` are open. backends/fake.py checks every rule.
 """
 
 from __future__ import annotations
@@ -131,17 +131,25 @@ class ModelRunner(Protocol):
         """Programs compiled so far; must not grow after warm_up."""
 
     def submit(self, plans: Sequence[StepPlan]) -> StepHandle:
-        """Start one step (one plan per data replica) and return at once."""
+        """Start one step (one plan per data replica, same step_id and bucket) and return at once.
+
+        The plans' arrays are read, and never written by anybody, until the step is collected. A part of a plan whose
+        Capability was not announced, or a plan that breaks the contract, raises InternalError; the plan was not taken.
+        StepFailed here means the same as from collect, for this plan alone.
+        """
 
     def provide_mask(self, handle: StepHandle, rows: I32, bits: U32) -> None:
-        """Release the sampling of a step submitted with late_mask.
+        """Release the sampling of a step submitted with late_mask. Called once a step, with n = 0 when no row needs it.
 
-        rows: i32 [n] row indexes of the plan that are masked; rows that are not named sample freely.
+        rows: i32 [n] row indexes (over all plans of the step, one after another); rows not named sample freely.
         bits: u32 [n, ceil(V / 32)], bit v % 32 of word v // 32 set = id v is allowed.
         """
 
     def collect(self, handle: StepHandle) -> Sequence[StepResult]:
-        """Wait for a step; token ids are on the host afterwards. Raises StepFailed."""
+        """Wait for the oldest step; token ids are on the host afterwards. Raises StepFailed.
+
+        After a failure every step still in flight is collected before the next submit; what they answer is dropped.
+        """
 
     def poll(self) -> list[Event]:
         """Transfers that ended while no step ran."""

@@ -1,16 +1,18 @@
 """The whole engine <-> runner wire format: what runs in one step, and what came of it.
 
 The scheduler builds a StepPlan, the executor hands it to every runner process unchanged, a runner answers with a
-StepResult. Everything here is ints and numpy; no framework, no request object. docs/contract.md tells the rules in prose.
+StepResult. Everything here is ints and numpy; no framework, no request object. docs/contract.md has the rules in prose,
+backends/fake.py has them as checks.
 
 Always true:
 * A plan's arrays are not written between `submit` and the end of its `collect`; after that they may be (ring buffers).
 * Lengths in a plan are upper bounds. The device's own `length[slot]` and `last_token[slot]` are the truth, and every
-  kernel clamps by them.
+  kernel clamps by them. They are exact unless drafts or several turns are in flight.
 * An optional part that no row uses is None: absent, not empty.
+* Order in a step: closed, opened, page_deltas, transfers begin, copies, encodes, forward, (late mask,) sampling.
 
-Letters: T tokens in the step · S rows in the step · L logit rows · V vocabulary (architecture.md section 6). Arrays in a
-plan have their true sizes; the runner pads them to `bucket`.
+Letters: T tokens in the step · S rows in the step · L logit rows · V vocabulary (architecture.md section 6). Arrays in
+a plan have their true sizes; the runner pads them to `bucket`.
 """
 
 from __future__ import annotations
@@ -110,7 +112,8 @@ class SamplingTable:
 class OpenedRows:
     """Rows of the persistent device tables that begin a new tenancy in this step (before anything else runs).
 
-    The runner clears whatever the slot's former tenant left (S-14) and sets length[slot] = num_computed.
+    The runner clears whatever the slot's former tenant left (S-14) and sets length[slot] = num_computed. generation
+    is >= 0 and differs from the slot's former one; the slot need not have been closed.
     """
 
     slots: I32  # [n]
@@ -123,6 +126,7 @@ class OpenedRows:
 class PageDelta:
     """Changes to one group's page table, applied before the forward pass: table[slots[i], columns[i]] = pages[i].
 
+    Never empty (None instead), and no entry is set twice in a step.
     Column c holds tokens [c * page, (c + 1) * page) of its sequence. Pages behind a window may keep stale ids on the
     device: no kernel reads behind the window.
     """
@@ -134,7 +138,10 @@ class PageDelta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageCopies:
-    """Copies inside a pool, run before any write of the step: the first `tokens[i]` tokens of a page, in all layers."""
+    """Copies inside a pool, run before any write of the step: the first `tokens[i]` tokens of a page, in all layers.
+
+    No target is a source, or a target twice, in one step.
+    """
 
     pool: I32  # [n]
     source: I32  # [n]
@@ -144,7 +151,7 @@ class PageCopies:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptLogprobs:
-    """Logprobs of prompt tokens: row i scores `targets[i]` with the hidden state of token `token_idx[i]` of the step."""
+    """Logprobs of prompt tokens: entry i scores id `targets[i]` with the logits of token `token_idx[i]` of the step."""
 
     token_idx: I32  # [M] index into [0, T)
     targets: I32  # [M] the prompt id that follows
@@ -153,10 +160,12 @@ class PromptLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drafts:
-    """Speculative tokens. A row with d drafts has num_new = 1 + d; its draft ids stand in token_ids (or draft_token(i)).
+    """Speculative tokens. A row with d drafts has num_new = num_logits = 1 + d; its last d tokens are the drafts.
 
-    parents None = a chain. Else parents[r, i] is the draft that draft i follows, -1 = the row's last token (a tree);
-    positions then hold depths, and the runner moves the accepted path's KV together.
+    parents None = a chain. Else parents[r, i] < i is the draft that draft i follows, -1 = the last token (a tree);
+    positions then hold num_computed + depth, and the runner moves the accepted path's KV together. The tokens that come
+    out are those of plain decoding: each node samples as its output index does, and the walk goes on at the child that
+    holds the sampled id.
     """
 
     num_drafts: I32  # [S]
@@ -165,7 +174,11 @@ class Drafts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateSlots:
-    """Recurrent-state rows: read before, written after this step's tokens (equal when no checkpoint is taken)."""
+    """Recurrent-state rows of a state group's pool: read before, written after this step's tokens.
+
+    Equal when no checkpoint is taken. Rows of a step write different states; a state that is read only is a checkpoint
+    and may serve many rows.
+    """
 
     group: int
     read: I32  # [S], -1 = start from zeros
@@ -203,13 +216,13 @@ class StepPlan:
     # rows, in order
     slots: I32  # [S]
     generation: I32  # [S]
-    num_computed: I32  # [S] upper bound of tokens before this step's
+    num_computed: I32  # [S] upper bound of length[slot]: tokens before this step's
     num_new: I32  # [S] >= 1
     num_logits: I32  # [S] 0 = more prompt to come, 1 = samples, 1 + d with drafts
     # tokens
     token_ids: I32  # [T] ids the host knows, else LAST_TOKEN or draft_token(i)
-    positions: I32  # [axes, T]; axes == 1 except for multi-axis rope
-    logit_rows: I32  # [L] token indexes whose hidden state is scored for sampling, grouped by row
+    positions: I32  # [axes, T] num_computed + i (tree drafts: + depth); axes == 1 except for multi-axis rope
+    logit_rows: I32  # [L] token indexes that are scored for sampling: the last num_logits of each row, rows in order
     sampler: Sampler = Sampler.GREEDY
     num_logprobs: int = -1  # most top logprobs any sampling row wants, -1 = none
     # device tables
@@ -248,7 +261,10 @@ class Logprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What a step produced, rows in the plan's order."""
+    """What a step produced, rows in the plan's order. max_new is num_steps, or 1 + the most drafts of a row, or 1.
+
+    The arrays belong to the engine: the runner never writes them again. Right of num_sampled nothing has a meaning.
+    """
 
     step_id: int
     num_sampled: I32  # [S] 0 .. max_new
@@ -299,8 +315,8 @@ def empty_plan(step_id: int, bucket: Bucket) -> StepPlan:
 class WorkList:
     """Attention of one step as W independent items: a tile of queries of one row against a stretch of its KV.
 
-    Items of one tile stand together, ascending in KV, so that a second pass can merge their partial softmaxes. All bounds
-    are the plan's upper bounds: a kernel clamps them by the device's lengths, and an item may turn out to be empty.
+    Items of one tile stand together, ascending in KV, so that a second pass can merge their partial softmaxes. All
+    bounds are the plan's upper bounds: a kernel clamps them by the device's lengths, and an item may prove to be empty.
     """
 
     row: I32  # [W] row of the plan

@@ -1,4 +1,4 @@
-"""engine.step.work_list: every (query, key) pair that attention needs is in exactly one item, and no item is too big."""
+"""engine.step.work_list: every (query, key) pair that attention needs is in one item, and no item is too big."""
 
 from __future__ import annotations
 
