@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
+from engine import env
 from engine.entrypoints.flags import UsageError
 from engine.entrypoints.http_client import Client, ClientError
-from engine.entrypoints.keys import key_from_environment
 
 DEFAULT_URL = "http://127.0.0.1:8000/v1"
 
@@ -65,7 +65,7 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def client_of(args: argparse.Namespace) -> Client:
-    return Client(args.url, args.api_key or key_from_environment())
+    return Client(args.url, args.api_key or env.read("TWINFER_API_KEY"))
 
 
 async def show(events: AsyncIterator[dict[str, Any]], stats: bool) -> str:

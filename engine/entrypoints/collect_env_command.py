@@ -1,4 +1,4 @@
-"""`twinfer collect-env`: what a bug report needs. Names only a fixed list of facts, so no secret can slip in."""
+"""`twinfer collect-env`: what a bug report needs. A fixed list of facts; of secrets only whether they are set."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as distribution_version
 from pathlib import Path
 
+from engine import env
 from engine.entrypoints.version import version
 
 PACKAGES = [
@@ -38,18 +39,8 @@ PACKAGES = [
     "prometheus-client",
     "orbax-checkpoint",
 ]
-# Variables whose values choose behaviour and hold no secrets.
-VARIABLES = [
-    "JAX_PLATFORMS",
-    "XLA_FLAGS",
-    "JAX_COMPILATION_CACHE_DIR",
-    "CUDA_VISIBLE_DEVICES",
-    "OMP_NUM_THREADS",
-    "HF_HUB_OFFLINE",
-    "HF_HOME",
-    "TOKENIZERS_PARALLELISM",
-    "LD_PRELOAD",
-]
+# Variables of others that change how frameworks run; ours are in engine/env.py.
+VARIABLES = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "LD_PRELOAD")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,6 +99,9 @@ def report() -> dict[str, str]:
     found = {name: fact() for name, fact in facts.items()}
     found |= {name: package(name) for name in PACKAGES}
     found |= {f"${name}": os.environ.get(name) for name in VARIABLES}
+    for variable in env.VARIABLES:
+        value = env.read(variable.name)
+        found[f"${variable.name}"] = "(set)" if variable.secret and value else value
     return {name: value for name, value in found.items() if value}
 
 

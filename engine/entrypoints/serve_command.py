@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from engine import env
 from engine.entrypoints.flags import (
     UsageError,
     add_flags,
@@ -13,7 +14,6 @@ from engine.entrypoints.flags import (
     read_values,
     server_flags,
 )
-from engine.entrypoints.keys import key_from_environment
 from engine.entrypoints.settings import ServerSettings
 
 
@@ -42,8 +42,8 @@ def check_settings(settings: ServerSettings) -> None:
 
 def run(args: argparse.Namespace) -> int:
     values = read_values(args, [*engine_flags(), *server_flags()])
-    key = key_from_environment()
-    if key is not None:
+    key = env.read("TWINFER_API_KEY")
+    if key:
         values["api_key"] = [*values.get("api_key", ()), key]
     config, settings = build_engine_config(values), build(ServerSettings, values)
     check_settings(settings)

@@ -109,32 +109,39 @@ def completion_answer(
     choices = []
     for prompt_idx, output in enumerate(outputs):
         usage.add(prompt_idx, output)
-        echo = echo_text(request, output, decode)
         for completion in sorted(output.outputs, key=lambda c: c.index):
-            logprobs = None
-            if request.params.logprobs is not None:
-                logprobs = CompletionLogprobs(request.params.logprobs, request.tokens_as_ids)
-                add_echo_logprobs(logprobs, request, output, output.prompt_logprobs, decode)
-                if not request.only_echo:
-                    logprobs.add(completion.token_ids, completion.logprobs or ())
-            choice = {
-                "index": prompt_idx * request.params.n + completion.index,
-                "text": echo if request.only_echo else echo + completion.text,
-                "logprobs": None if logprobs is None else logprobs.take(),
-                "finish_reason": "length" if request.only_echo else completion.finish_reason,
-                **({"stop_reason": None} if request.only_echo else extras(request, completion)),
-            }
-            if request.return_token_ids:
-                choice["prompt_token_ids"] = list(output.prompt_token_ids or ())
-            if request.wants_prompt_logprobs and output.prompt_logprobs is not None:
-                choice["prompt_logprobs"] = prompt_logprobs_json(output.prompt_logprobs)
-            choices.append(choice)
+            choice = completion_choice(request, output, completion, decode)
+            choices.append({"index": prompt_idx * request.params.n + completion.index, **choice})
     if request.only_echo:
         usage.completion = 0
     body = envelope(answer, "text_completion", choices, usage)
     if request.warnings:
         body["warnings"] = request.warnings
     return body
+
+
+def completion_choice(
+    request: CompletionRequest, output: Output, completion: Completion, decode: Decode
+) -> dict[str, Any]:
+    """One choice without its index. only_echo: the prompt alone, as if nothing had been generated."""
+    echo = echo_text(request, output, decode)
+    logprobs = None
+    if request.params.logprobs is not None:
+        logprobs = CompletionLogprobs(request.params.logprobs, request.tokens_as_ids)
+        add_echo_logprobs(logprobs, request, output, output.prompt_logprobs, decode)
+        if not request.only_echo:
+            logprobs.add(completion.token_ids, completion.logprobs or ())
+    choice: dict[str, Any] = {
+        "text": echo if request.only_echo else echo + completion.text,
+        "logprobs": None if logprobs is None else logprobs.take(),
+        "finish_reason": "length" if request.only_echo else completion.finish_reason,
+        **({"stop_reason": None} if request.only_echo else extras(request, completion)),
+    }
+    if request.return_token_ids:
+        choice["prompt_token_ids"] = list(output.prompt_token_ids or ())
+    if request.wants_prompt_logprobs and output.prompt_logprobs is not None:
+        choice["prompt_logprobs"] = prompt_logprobs_json(output.prompt_logprobs)
+    return choice
 
 
 def echo_text(request: CompletionRequest, output: Output, decode: Decode) -> str:
