@@ -97,7 +97,9 @@ def reference(model: Path, pairs: list[tuple[str, str, float]]) -> list[float]:
         if spaces:
             continuation, context = context[-spaces:] + continuation, context[:-spaces]
         whole = tokenizer.encode(context + continuation, add_special_tokens=False)
-        start = len(tokenizer.encode(context, add_special_tokens=False))
+        prefix = tokenizer.encode(context, add_special_tokens=False)
+        start = len(prefix)
+        whole = prefix + whole[start:]  # lm-eval sends the context's own ids, also where the border would merge
         with torch.no_grad():
             logprobs = network(torch.tensor([whole])).logits[0].float().log_softmax(-1)
         scores.append(sum(float(logprobs[i - 1, whole[i]]) for i in range(start, len(whole))))
