@@ -139,7 +139,8 @@ class ProcessClient:
         launch = CoreLaunch(config, str(model_path), to_core, from_core, os.getpid())
         self._child = CoreChild(self._module, launch)
         # also runs at interpreter exit
-        self._finalizer = weakref.finalize(self, abandon, self._child, self._folder)
+        sockets = (self._inbox, self._outbox)
+        self._finalizer = weakref.finalize(self, abandon, self._child, self._context, sockets, self._folder)
         self._poller = zmq.Poller()
         self._poller.register(self._inbox, zmq.POLLIN)
         self._poller.register(self._child.wake_fd, zmq.POLLIN)
@@ -235,7 +236,15 @@ def private_folder() -> Path:
     return folder
 
 
-def abandon(child: CoreChild, folder: Path) -> None:
-    """What is left to do when a client was dropped without close, or at interpreter exit."""
+def abandon(
+    child: CoreChild, context: zmq.Context[zmq.Socket[bytes]], sockets: tuple[zmq.Socket[bytes], ...], folder: Path
+) -> None:
+    """What is left to do when a client was dropped without close, or at interpreter exit.
+
+    The sockets go first: a context that is collected before its sockets waits for them for ever.
+    """
     child.kill()
+    for socket in sockets:
+        socket.close(linger=0)
+    context.term()
     shutil.rmtree(folder, ignore_errors=True)

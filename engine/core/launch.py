@@ -75,6 +75,8 @@ class CoreChild:
             )
         except OSError as error:
             self._spawn_error = error
+            os.close(self._wake_write)
+            os.close(self.wake_fd)
             self._started.set()
             return
         self._process = process
@@ -83,8 +85,9 @@ class CoreChild:
             os.write(process.stdin.fileno(), len(payload).to_bytes(LENGTH_BYTES, "little") + payload)  # type: ignore[union-attr]
         self._started.set()
         process.wait()
-        with contextlib.suppress(OSError):  # the reader may have closed its end
+        with contextlib.suppress(BrokenPipeError):  # the reader may have closed its end
             os.write(self._wake_write, b"\0")
+        os.close(self._wake_write)  # here and nowhere else: the number may be somebody else's a moment later
 
     @property
     def process(self) -> subprocess.Popen[bytes]:
@@ -125,9 +128,7 @@ class CoreChild:
                 break
         if self.process.stdin is not None:
             self.process.stdin.close()
-        for fd in (self.wake_fd, self._wake_write):
-            with contextlib.suppress(OSError):
-                os.close(fd)
+        os.close(self.wake_fd)
 
 
 def child_environment() -> dict[str, str]:

@@ -35,6 +35,7 @@ log = logging.getLogger("twinfer.engine")
 
 INLINE_CHARS = 2048  # shorter prompts are tokenised in the loop: a thread would cost more
 TOKENIZER_THREADS = 2
+MAX_BATCHES = 2  # of messages on their way to the loop: one is handled while the next one is read
 RECEIVE_S = 0.25  # how late the receiving thread notices that it should stop
 
 
@@ -116,6 +117,7 @@ class AsyncEngine:
         self._next_call = 0
         self._dead: str | None = "the engine is not started"
         self._stopping = threading.Event()
+        self._room = threading.Semaphore(MAX_BATCHES)
         self._receiver: threading.Thread | None = None
         self._stats: SchedulerStats | None = None
 
@@ -288,12 +290,19 @@ class AsyncEngine:
     # -- from the core ---------------------------------------------------------------------------------------------
 
     def _receive(self) -> None:
-        """The receiving thread: batches of messages to the loop, until the core ends or we stop."""
+        """The receiving thread: batches of messages to the loop, until the core ends or we stop.
+
+        A loop that is behind gets fewer, larger batches: what has come is read only when it is about to be handled.
+        """
         try:
             while not self._stopping.is_set():
+                if not self._room.acquire(timeout=RECEIVE_S):
+                    continue
                 messages = self._client.receive(RECEIVE_S)
                 if messages:
                     self._loop.call_soon_threadsafe(self._on_messages, messages)
+                else:
+                    self._room.release()
         except EngineDead as error:
             if not self._stopping.is_set():
                 self._loop.call_soon_threadsafe(self._on_dead, str(error))
@@ -301,6 +310,7 @@ class AsyncEngine:
             log.debug("the event loop closed before the engine")
 
     def _on_messages(self, messages: list[FromCore]) -> None:
+        self._room.release()
         for message in messages:
             if isinstance(message, Reply):
                 future = self._calls.get(message.call)

@@ -1,4 +1,4 @@
-"""Ctrl-C between steps, never inside one: an interrupt in the middle of a step would leave the core's state half changed.
+"""Ctrl-C between steps, never inside one: an interrupt in the middle of a step would leave the core half changed.
 
 Used by LLM around its loop. Outside the main thread, and where the program has its own handler, nothing is touched.
 """

@@ -2,8 +2,8 @@
 and again.
 
 Run as a process by ProcessClient (`python -m tests.engine.core.echo_core`) or built in process. The first of
-`config.model.served_model_name` picks a misbehaviour: "fail" (StartupError), "bug" (a stray exception), "exit" (dies while starting), "die at N" (dies
-at step N), "break at N" (raises at step N). A prompt with token 13 is refused.
+`config.model.served_model_name` picks a misbehaviour: "fail" (StartupError), "bug" (a stray exception), "exit" (dies
+while starting), "die at N" (dies at step N), "break at N" (raises at step N). A prompt with token 13 is refused.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from engine.request import FinishReason
 from engine.runner import Progress
 
 VOCAB = 4096
+STEP_S = 3e-4  # a very fast device
 
 
 @dataclass(slots=True)
@@ -82,6 +84,7 @@ class EchoCore:
             raise RuntimeError("a broken invariant")
         out, self.replies = self.replies, []
         if self.live:
+            time.sleep(STEP_S)
             out.append(self._outputs())
         return out
 

@@ -58,6 +58,12 @@ def endless(**given: object) -> SamplingParams:
     return SamplingParams(max_tokens=90_000, ignore_eos=True, **given)  # type: ignore[arg-type]
 
 
+def pid_of(engine: AsyncEngine) -> int:
+    assert isinstance(engine._client, ProcessClient)
+    assert engine._client.pid is not None
+    return engine._client.pid
+
+
 async def until_idle(engine: AsyncEngine, timeout_s: float = 5) -> None:
     deadline = time.monotonic() + timeout_s
     while True:
@@ -177,9 +183,7 @@ async def test_kill_of_the_core_reaches_every_waiting_stream(folders: dict[str, 
     tasks = [asyncio.create_task(read(i)) for i in range(20)]
     waiting_call = asyncio.create_task(engine.ping())
     await asyncio.sleep(0.2)
-    assert isinstance(engine._client, ProcessClient)
-    pid = engine._client.pid
-    assert pid is not None
+    pid = pid_of(engine)
     os.kill(pid, signal.SIGKILL)
     begun = time.monotonic()
     texts = await asyncio.gather(*tasks)
@@ -200,15 +204,13 @@ async def test_kill_of_the_core_reaches_every_waiting_stream(folders: dict[str, 
 async def test_shutdown_ends_streams_and_process(folders: dict[str, Path]) -> None:
     engine = make(folders["byte_level"])
     await engine.start()
-    assert isinstance(engine._client, ProcessClient)
-    pid = engine._client.pid
+    pid = pid_of(engine)
     stream = await engine.add([5, 6], endless(), "a")
     await anext(stream)
     await engine.shutdown()
     await engine.shutdown()
     with pytest.raises(EngineDead, match="shutting down"):
         await anext(stream)
-    assert pid is not None
     assert not psutil.pid_exists(pid)
     assert not engine.errored, "closing on purpose is no error"
 

@@ -1,4 +1,4 @@
-"""Incremental text: equal to whole decoding, however it is cut; stop strings found over every boundary; bounded cost."""
+"""Incremental text: equal to whole decoding, however it is cut; stop strings found over every boundary."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LLM over a core in this process and in its own: vLLM's shapes, input order, errors before anything runs, interrupts."""
+"""LLM over a core in this process and in its own: vLLM's shapes, input order, errors first, interrupts."""
 
 from __future__ import annotations
 
