@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from engine.specs.arch import ArchSpec
-from jax_models.linear import linear_f32
+from pallas_kernels.dispatch import linear_f32
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,

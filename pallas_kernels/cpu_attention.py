@@ -5,46 +5,19 @@ The library is prebuilt and optional: without it, or on another processor family
 
 from __future__ import annotations
 
-import ctypes
-import platform
-from functools import cache
-from pathlib import Path
-
 import jax
 import numpy as np
 from jax import Array
+
+from pallas_kernels.cpu_library import library
 
 TARGET = "twinfer_cpu_attention"
 MAX_HEAD_SIZE = 256
 
 
-@cache
-def library() -> ctypes.CDLL | None:
-    """The prebuilt library with its jax.ffi target registered, or None where it cannot run."""
-    path = Path(__file__).parent / "prebuilt" / f"libtwinfer_cpu-{platform.machine()}.so"
-    if platform.system() != "Linux" or not path.exists():
-        return None
-    try:
-        loaded = ctypes.CDLL(str(path))
-        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(loaded.twinfer_cpu_attention), platform="cpu")
-    except (OSError, AttributeError, RuntimeError):  # another C library, or another jax.ffi interface version
-        return None
-    loaded.twinfer_cpu_attention_source.restype = ctypes.c_char_p
-    return loaded
-
-
 def available(head_size: int) -> bool:
     """Whether the library is there and takes heads of this size."""
     return head_size % 16 == 0 and head_size <= MAX_HEAD_SIZE and library() is not None
-
-
-def source_digest() -> str:
-    """sha256 of the C++ sources that the library was built from, hex."""
-    loaded = library()
-    if loaded is None:
-        raise FileNotFoundError("no prebuilt CPU attention library for this machine")
-    digest: bytes = loaded.twinfer_cpu_attention_source()
-    return digest.decode()
 
 
 def paged_attention(

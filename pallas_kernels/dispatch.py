@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
-from pallas_kernels import cpu_attention
+from pallas_kernels import cpu_attention, cpu_linear
 from pallas_kernels import paged_attention as plain
+from pallas_kernels.cpu_library import library
 
 TILE_TOKENS = 128
 """Query tokens of one prefill tile of the plain kernel."""
@@ -38,6 +39,23 @@ class Work:
     tile_rows: Array  # i32 [tiles] row of each prefill tile
     tile_starts: Array  # i32 [tiles] first token of each prefill tile
     num_tiles: Array  # i32 []
+
+
+def linear_f32(x: Array, weight: Array) -> Array:
+    """x @ weight.T, f32 [M, N]. x: [M, K]; weight: [N, K]."""
+
+    def plain_linear(x: Array, weight: Array) -> Array:
+        # XLA:CPU is fast in bfloat16 only when it is asked for float32
+        return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+    if cpu_linear.available(x, weight):
+        return lax.platform_dependent(x, weight, cpu=cpu_linear.linear, default=plain_linear)
+    return plain_linear(x, weight)
+
+
+def least_rows(platform: str, dtype: str) -> int:
+    """Rows below which a product is padded: XLA:CPU multiplies a single bfloat16 row ten times slower than two."""
+    return 2 if platform == "cpu" and dtype == "bfloat16" and library() is None else 1
 
 
 def choose_kernel(platform: str, head_size: int) -> str:

@@ -23,7 +23,7 @@ from engine.runner import Progress, RunnerConfig
 from engine.specs.cache import CacheLayout
 from engine.step import I32, U32, Bucket
 from jax_models.decoder import Decoder
-from pallas_kernels.dispatch import choose_kernel
+from pallas_kernels.dispatch import choose_kernel, least_rows
 
 SCORE_BYTES = 64 << 20
 """Most scratch memory of one call that scores prompt tokens."""
@@ -53,8 +53,7 @@ class ProgramSet:
         self._device = device
         self._compiled = Programs(device)
         on_cpu = device.platform == "cpu"
-        # XLA:CPU multiplies a single bfloat16 row ten times slower than two
-        self._least = 2 if on_cpu and config.dtype == "bfloat16" else 1
+        self._least = least_rows(device.platform, config.dtype)
         self._traits = Traits(
             arch=config.arch,
             layout=layout,

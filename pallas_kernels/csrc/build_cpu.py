@@ -17,7 +17,9 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ("cpu_attention.h", "cpu_attention_kernel.cc", "cpu_attention.cc")
+KERNELS = ("cpu_attention_kernel.cc", "cpu_linear_kernel.cc")  # compiled once per instruction set
+ENTRIES = ("cpu_attention.cc", "cpu_linear.cc")
+SOURCES = ("cpu_attention.h", "cpu_linear.h", *KERNELS, *ENTRIES)
 BUILDS = {"base": ("x86-64-v2", 4), "v3": ("x86-64-v3", 8), "v4": ("x86-64-v4", 16)}  # name: (-march, lanes)
 
 
@@ -43,14 +45,16 @@ def build(output: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         objects = []
         for name, (march, lanes) in BUILDS.items():
-            objects.append(f"{folder}/{name}.o")
-            command = ["g++", *flags, f"-march={march}", "-mprefer-vector-width=512", f"-DTWINFER_ISA={name}"]
-            command += [f"-DTWINFER_LANES={lanes}", "-c", str(HERE / "cpu_attention_kernel.cc"), "-o", objects[-1]]
-            subprocess.run(command, check=True)
-        objects.append(f"{folder}/entry.o")
+            options = [f"-march={march}", "-mprefer-vector-width=512", f"-DTWINFER_ISA={name}"]
+            for kernel in KERNELS:
+                objects.append(f"{folder}/{kernel}-{name}.o")
+                command = ["g++", *flags, *options, f"-DTWINFER_LANES={lanes}", "-c", str(HERE / kernel)]
+                subprocess.run([*command, "-o", objects[-1]], check=True)
         source = f'-DTWINFER_SOURCE="{source_digest()}"'
-        command = ["g++", *flags, "-march=x86-64-v2", "-fvisibility=default", source]
-        subprocess.run([*command, "-c", str(HERE / "cpu_attention.cc"), "-o", objects[-1]], check=True)
+        for entry in ENTRIES:
+            objects.append(f"{folder}/{entry}.o")
+            command = ["g++", *flags, "-march=x86-64-v2", "-fvisibility=default", source]
+            subprocess.run([*command, "-c", str(HERE / entry), "-o", objects[-1]], check=True)
         link = ["g++", "-shared", "-static-libgcc", "-Wl,--gc-sections", "-s"]
         output.parent.mkdir(exist_ok=True)
         subprocess.run([*link, *objects, "-o", str(output)], check=True)

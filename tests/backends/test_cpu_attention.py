@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import cpu_attention, dispatch
+from pallas_kernels import cpu_attention, cpu_library, dispatch
 from pallas_kernels import paged_attention as plain
 
 sys.path.insert(0, str(dispatch.__file__).rsplit("/", 1)[0] + "/csrc")
@@ -104,4 +104,4 @@ def test_equals_dense_and_writes_the_same_cache(
 
 def test_the_library_was_built_from_these_sources() -> None:
     assert cpu_attention.available(64)
-    assert cpu_attention.source_digest() == build_cpu.source_digest()
+    assert cpu_library.source_digest() == build_cpu.source_digest()

@@ -1,0 +1,305 @@
+"""Decode and prefill on the CPU: our runners, driven by hand-made plans, beside transformers `generate`, in one run.
+
+    python -m bench.cpu [--models llama32m default] [--dtypes float32 bfloat16] [--streams 1 8] [--sides jax torch]
+
+Each side is a process of its own that is stopped (SIGSTOP) while another is timed, so that spinning threads of one do
+not slow the other; turns are interleaved and the best of all rounds counts. transformers runs under OMP_WAIT_POLICY
+ACTIVE and under the default, and the better of the two is what a ratio is taken against. Ratios above 1: we are faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PROMPT, OUTPUTS, PREFILL = 64, 64, 1000
+DEFAULT_MODEL = Path(__file__).parent.parent / "engine" / "data" / "default_model"
+
+
+def write_llama32m(folder: Path) -> None:
+    """A random Llama of 32 M parameters, in float32."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, head_dim=64,
+        intermediate_size=1408, vocab_size=8192, max_position_embeddings=2048, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def prompts(streams: int, length: int, vocab_size: int) -> np.ndarray:
+    """i32 [streams, length]."""
+    return np.random.default_rng(streams).integers(3, vocab_size, (streams, length), dtype=np.int32)
+
+
+# transformers
+
+
+class Transformers:
+    def __init__(self, path: Path, dtype: str) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self.torch = torch
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+        self.model.generation_config.eos_token_id = None
+        self.vocab_size = self.model.config.vocab_size
+
+    def generate(self, ids: np.ndarray, outputs: int) -> float:
+        """Seconds."""
+        inputs = self.torch.from_numpy(ids.astype(np.int64))
+        start = time.perf_counter()
+        with self.torch.inference_mode():
+            self.model.generate(
+                inputs, attention_mask=self.torch.ones_like(inputs), max_new_tokens=outputs, min_new_tokens=outputs,
+                do_sample=False, pad_token_id=0,
+            )  # fmt: skip
+        return time.perf_counter() - start
+
+    def decode(self, streams: int) -> float:
+        """Tokens a second after the first token."""
+        ids = prompts(streams, PROMPT, self.vocab_size)
+        first = min(self.generate(ids, 1) for _ in range(2))
+        return streams * OUTPUTS / (self.generate(ids, OUTPUTS + 1) - first)
+
+    def prefill(self) -> float:
+        """Prompt tokens a second, the first output token included."""
+        return PREFILL / self.generate(prompts(1, PREFILL, self.vocab_size), 1)
+
+
+# our runners
+
+
+@dataclass(slots=True)
+class Stream:
+    slot: int
+    pages: np.ndarray  # i32
+    computed: int = 0
+
+
+class Ours:
+    """One runner, given the plans that a scheduler would make: two steps in flight, tokens fed on the device."""
+
+    def __init__(self, backend: str, path: Path, dtype: str) -> None:
+        from engine.config import CacheConfig, EngineConfig, ModelConfig, ScheduleConfig
+        from engine.resolve import plan_cache, resolve
+        from engine.runner import Placement, load_runner
+        from engine.specs.checkpoint import read_config
+        from engine.specs.families import parse_config
+
+        arch = parse_config(read_config(path))
+        config = EngineConfig(
+            model=ModelConfig(dtype=dtype), cache=CacheConfig(kv_cache_memory_bytes=256 << 20),
+            schedule=ScheduleConfig(max_num_seqs=8, max_num_batched_tokens=1024),
+        )  # fmt: skip
+        self.runner = load_runner(backend)
+        resolved = resolve(config, arch, self.runner.describe())
+        self.runner.configure(resolved.runner, Placement())
+        self.runner.load(path)
+        layout, _, _ = plan_cache(config, resolved, self.runner.cache_budget_bytes())
+        self.layout = layout
+        self.runner.allocate_cache(layout)
+        self.runner.warm_up()
+        self.config = resolved.runner
+        self.vocab_size = arch.vocab_size
+        self.step_id = self.generation = 0
+
+    def bucket(self, tokens: int, rows: int) -> Any:
+        from engine.step import Bucket
+
+        fit = [[b for b in sizes if b >= n] or [n] for sizes, n in
+               ((self.config.token_buckets, tokens), (self.config.row_buckets, rows))]  # fmt: skip
+        return Bucket(tokens=fit[0][0], rows=fit[1][0])
+
+    def plan(self, streams: list[Stream], ids: np.ndarray, samples: bool, opened: bool) -> Any:
+        """One step of all streams, each with len(ids) / len(streams) tokens; ids: i32 [T]."""
+        from engine.step import OpenedRows, PageDelta, Ragged, Sampler, SamplingTable, StepPlan
+
+        count, new = len(streams), len(ids) // len(streams)
+        page = self.layout.groups[0].page_tokens
+        slots = np.array([s.slot for s in streams], np.int32)
+        computed = np.array([s.computed for s in streams], np.int32)
+        entries = [
+            (s.slot, column, s.pages[column])
+            for s in streams
+            for column in range(-(-s.computed // page), -(-(s.computed + new) // page))
+        ]
+        delta = None
+        if entries:
+            columns = np.array(entries, np.int32).T.copy()
+            delta = PageDelta(slots=columns[0], columns=columns[1], pages=columns[2])
+        fresh = None
+        if opened:
+            self.generation += 1
+            zeros, ints = np.zeros(count, np.float32), np.zeros(count, np.int32)
+            none = Ragged(values=np.zeros(0, np.int32), starts=np.zeros(count + 1, np.int32))
+            fresh = OpenedRows(
+                slots=slots, generation=np.full(count, self.generation, np.int32), num_computed=computed,
+                sampling=SamplingTable(
+                    temperature=zeros, top_p=zeros + 1, min_p=zeros, top_k=ints, presence_penalty=zeros,
+                    frequency_penalty=zeros, repetition_penalty=zeros + 1, seed=np.zeros(count, np.uint64),
+                    num_outputs=ints, min_tokens=ints, max_outputs=ints + 10_000, num_logprobs=ints - 1,
+                    stop_ids=none,
+                ),
+            )  # fmt: skip
+        for stream in streams:
+            stream.computed += new
+        self.step_id += 1
+        ends = np.arange(1, count + 1, dtype=np.int32) * new
+        return StepPlan(
+            step_id=self.step_id, bucket=self.bucket(len(ids), count), slots=slots,
+            generation=np.full(count, self.generation, np.int32), num_computed=computed,
+            num_new=np.full(count, new, np.int32), num_logits=np.full(count, int(samples), np.int32), token_ids=ids,
+            positions=(computed[:, None] + np.arange(new, dtype=np.int32)).reshape(1, -1),
+            logit_rows=ends - 1 if samples else ends[:0], sampler=Sampler.GREEDY if samples else Sampler.NONE,
+            opened=fresh, page_deltas=(delta,) * len(self.layout.groups) if delta is not None else (),
+        )  # fmt: skip
+
+    def open(self, count: int, length: int) -> list[Stream]:
+        page = self.layout.groups[0].page_tokens
+        width = -(-length // page)
+        return [Stream(i, np.arange(1 + i * width, 1 + (i + 1) * width, dtype=np.int32)) for i in range(count)]
+
+    def decode(self, streams: int) -> float:
+        ids = prompts(streams, PROMPT, self.vocab_size)
+        rows = self.open(streams, PROMPT + OUTPUTS)
+        self.runner.collect(self.runner.submit([self.plan(rows, ids.reshape(-1), True, True)]))
+        last = np.full(streams, -1, np.int32)
+        flying: deque[Any] = deque()
+        start = time.perf_counter()
+        for _ in range(OUTPUTS):
+            flying.append(self.runner.submit([self.plan(rows, last.copy(), True, False)]))
+            if len(flying) == self.config.max_in_flight:
+                self.runner.collect(flying.popleft())
+        while flying:
+            self.runner.collect(flying.popleft())
+        return streams * OUTPUTS / (time.perf_counter() - start)
+
+    def prefill(self) -> float:
+        ids = prompts(1, PREFILL, self.vocab_size)[0]
+        rows = self.open(1, PREFILL)
+        start = time.perf_counter()
+        self.runner.collect(self.runner.submit([self.plan(rows, ids, True, True)]))
+        return PREFILL / (time.perf_counter() - start)
+
+
+# one process a side
+
+
+def serve(side: str, path: Path, dtype: str) -> None:
+    """Answer {"decode": streams} and {"prefill": 1} lines with tokens a second."""
+    with contextlib.redirect_stdout(sys.stderr):
+        model = Transformers(path, dtype) if side.startswith("hf") else Ours(side, path, dtype)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        task = json.loads(line)
+        speed = model.decode(task["decode"]) if "decode" in task else model.prefill()
+        print(json.dumps(speed), flush=True)
+
+
+class Side:
+    """A process that is stopped unless it is asked."""
+
+    def __init__(self, name: str, path: Path, dtype: str) -> None:
+        self.name = name
+        env = dict(os.environ, TOKENIZERS_PARALLELISM="false", TRANSFORMERS_VERBOSITY="error")
+        if name == "hf-active":
+            env["OMP_WAIT_POLICY"] = "ACTIVE"
+        command = [sys.executable, "-m", "bench.cpu", "--serve", name, str(path), dtype]
+        self.process = subprocess.Popen(
+            command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent
+        )
+        self.read()
+        self.process.send_signal(signal.SIGSTOP)
+
+    def read(self) -> str:
+        line = self.process.stdout.readline() if self.process.stdout else ""
+        if not line:
+            raise RuntimeError(f"the {self.name} side has ended")
+        return line
+
+    def ask(self, task: dict[str, int]) -> float:
+        if self.process.stdin is None:
+            raise RuntimeError(f"the {self.name} side has no input")
+        self.process.send_signal(signal.SIGCONT)
+        self.process.stdin.write(json.dumps(task) + "\n")
+        self.process.stdin.flush()
+        speed = float(json.loads(self.read()))
+        self.process.send_signal(signal.SIGSTOP)
+        return speed
+
+    def end(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+        self.process.kill()
+        self.process.wait()
+
+
+def compare(path: Path, dtype: str, sides: list[str], streams: list[int], rounds: int) -> dict[str, dict[str, float]]:
+    """{task: {side: best tokens a second}}."""
+    tasks: list[tuple[str, dict[str, int]]] = [(f"decode x{n}", {"decode": n}) for n in streams]
+    tasks.append((f"prefill {PREFILL}", {"prefill": 1}))
+    running: list[Side] = []
+    try:
+        for name in [*sides, "hf-default", "hf-active"]:
+            running.append(Side(name, path, dtype))
+        best: dict[str, dict[str, float]] = {name: {} for name, _ in tasks}
+        for _ in range(rounds + 1):  # the first round warms up, and counts if it is the best
+            for name, task in tasks:
+                for side in running:
+                    best[name][side.name] = max(best[name].get(side.name, 0.0), side.ask(task))
+        return best
+    finally:
+        for side in running:
+            side.end()
+
+
+def report(model: str, dtype: str, best: dict[str, dict[str, float]], sides: list[str]) -> None:
+    for task, speeds in best.items():
+        theirs = max(speeds["hf-default"], speeds["hf-active"])
+        ours = "  ".join(f"{side} {speeds[side]:8.0f} ({speeds[side] / theirs:4.2f}x)" for side in sides)
+        print(
+            f"{model:9} {dtype:9} {task:13} {ours}  hf {speeds['hf-default']:7.0f} default {speeds['hf-active']:7.0f}"
+            " active  tok/s",
+            flush=True,
+        )
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--serve"]:
+        serve(sys.argv[2], Path(sys.argv[3]), sys.argv[4])
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["llama32m", "default"], help="llama32m, default, or a folder")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--streams", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--sides", nargs="+", default=["jax"], help="jax, torch")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        for model in args.models:
+            path = DEFAULT_MODEL if model == "default" else Path(model)
+            if model == "llama32m":
+                path = Path(scratch) / model
+                if not path.exists():
+                    write_llama32m(path)
+            for dtype in args.dtypes:
+                report(model, dtype, compare(path, dtype, args.sides, args.streams, args.rounds), args.sides)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Products of a few rows with [out, in] weights on the CPU, in C++ (csrc/cpu_linear.cc), through jax.ffi.
+
+XLA:CPU leaves half or more of the memory bandwidth unused below some sixteen rows in float32 and four in bfloat16
+(a single bfloat16 row takes ten times as long as two); above, its products are the better ones.
+Letters: M rows of x · K in · N out.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.cpu_library import library
+
+TARGET = "twinfer_cpu_linear"
+MAX_ROWS = {"float32": 16, "bfloat16": 4}
+
+
+def available(x: Array, weight: Array) -> bool:
+    """Whether the library is there and the better choice. x: [M, K]; weight: [N, K]."""
+    most = MAX_ROWS.get(weight.dtype.name, 0)
+    return x.shape[0] <= most and x.dtype.name in MAX_ROWS and library() is not None
+
+
+def linear(x: Array, weight: Array) -> Array:
+    """x @ weight.T, f32 [M, N]. x: [M, K]; weight: [N, K]."""
+    if library() is None:
+        raise FileNotFoundError("no prebuilt library of CPU kernels for this machine")
+    return jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32))(x, weight)

@@ -1,0 +1,96 @@
+// jax.ffi entry of products of a few rows with [out, in] weights on the CPU.
+//
+// The rows of the weights are taken in pieces from a shared counter, by this thread and by helpers on XLA's own pool. As
+// in cpu_attention.cc this thread only ever waits for pieces that a running helper has taken.
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "cpu_linear.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace twinfer {
+namespace {
+
+ProductKernel choose_product() {
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return product_v4;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return product_v3;
+  return product_base;
+}
+
+constexpr int64_t kPieceBytes = 96 << 10;    // weights of a piece: small enough to balance, large enough to stream
+constexpr int64_t kInlineBytes = 128 << 10;  // weights below which a helper costs more than it brings
+
+struct Shared {
+  Product product;
+  ProductKernel kernel;
+  std::vector<float> widened;  // x as float32, when it came as bfloat16
+  int64_t piece, pieces;
+  std::atomic<int64_t> next{0}, done{0};
+
+  void work() {
+    for (;;) {
+      const int64_t i = next.fetch_add(1);
+      if (i >= pieces) return;
+      kernel(product, i * piece, std::min(product.n, (i + 1) * piece));
+      done.fetch_add(1, std::memory_order_release);
+    }
+  }
+};
+
+bool type_of(ffi::DataType type, bool& narrow) {
+  narrow = type == ffi::DataType::BF16;
+  return narrow || type == ffi::DataType::F32;
+}
+
+ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> y) {
+  auto x_dims = x.dimensions(), w_dims = w.dimensions();
+  if (x_dims.size() != 2 || w_dims.size() != 2 || x_dims[1] != w_dims[1])
+    return ffi::Error::InvalidArgument("x must be [M, K], w [N, K]");
+  auto shared = std::make_shared<Shared>();
+  Product& p = shared->product;
+  bool narrow_x = false;
+  if (!type_of(x.element_type(), narrow_x) || !type_of(w.element_type(), p.narrow_w) ||
+      !type_of(y->element_type(), p.narrow_y))
+    return ffi::Error::InvalidArgument("float32 or bfloat16 only");
+  p.m = x_dims[0], p.k = x_dims[1], p.n = w_dims[0];
+  p.w = w.untyped_data(), p.y = y->untyped_data();
+  if (narrow_x) {
+    shared->widened.resize(p.m * p.k);
+    const uint16_t* from = static_cast<const uint16_t*>(x.untyped_data());
+    for (int64_t i = 0; i < p.m * p.k; ++i) {
+      const uint32_t bits = uint32_t(from[i]) << 16;
+      std::memcpy(&shared->widened[i], &bits, 4);
+    }
+    p.x = shared->widened.data();
+  } else {
+    p.x = static_cast<const float*>(x.untyped_data());
+  }
+  static const ProductKernel kernel = choose_product();
+  shared->kernel = kernel;
+  const int64_t row_bytes = p.k * (p.narrow_w ? 2 : 4);
+  shared->piece = std::max<int64_t>(24, kPieceBytes / row_bytes / 24 * 24);  // whole blocks of 8, 6, 4 or 2 rows
+  shared->pieces = (p.n + shared->piece - 1) / shared->piece;
+  if (p.n * row_bytes * std::max<int64_t>(1, p.m / 4) > kInlineBytes) {
+    const int64_t helpers = std::min<int64_t>(pool.num_threads() - 1, shared->pieces - 1);
+    for (int64_t i = 0; i < helpers; ++i) pool.Schedule([shared] { shared->work(); });
+  }
+  shared->work();
+  while (shared->done.load(std::memory_order_acquire) < shared->pieces) std::this_thread::yield();
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace twinfer
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    twinfer_cpu_linear, twinfer::linear,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
