@@ -10,6 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -86,8 +87,9 @@ def bind(settings: ServerSettings) -> socket.socket:
     if settings.uds is not None:
         sock = socket.socket(socket.AF_UNIX)
         try:
-            if os.path.exists(settings.uds):
-                os.unlink(settings.uds)
+            path = Path(settings.uds)
+            if path.is_socket():  # left behind by a server that was killed
+                path.unlink()
             sock.bind(settings.uds)
             os.chmod(settings.uds, 0o600)
         except OSError as error:

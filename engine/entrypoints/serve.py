@@ -8,6 +8,7 @@ import logging
 import signal
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from engine.config import EngineConfig
@@ -72,6 +73,8 @@ async def run_server(config: EngineConfig, settings: ServerSettings) -> int:
     finally:
         await engine.shutdown()
         sock.close()
+        if settings.uds is not None:
+            Path(settings.uds).unlink(missing_ok=True)
 
 
 async def start_engine(engine: AsyncEngine, config: EngineConfig) -> CoreReady:
