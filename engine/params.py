@@ -1,7 +1,7 @@
 """SamplingParams and the one bounds table that every front door uses (R2 of hardening.md).
 
-Field names, defaults and meanings are vLLM's, so that a switch is a change of one import. `BOUNDS` is the single table of
-types and limits: HTTP, the offline API and the engine's own admission all call `validate`. Standard library only.
+Field names, defaults and meanings are vLLM's, so that a switch is a change of one import. `BOUNDS` is the single table
+of types and limits: HTTP, the offline API and the engine's own admission all call `validate`. Standard library only.
 """
 
 from __future__ import annotations
@@ -80,26 +80,29 @@ BOUNDS: dict[str, Bound] = {
 }
 
 
+def has_type(value: Any, wanted: type) -> bool:
+    """A bool is no number here, an int is a float, a float is finite, a tuple is a list."""
+    if wanted is float:
+        return has_type(value, int) or (isinstance(value, float) and math.isfinite(value))
+    if wanted is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, (list, tuple) if wanted is list else wanted)
+
+
+def in_range(value: Any, bound: Bound) -> bool:
+    """Whether a value of the right type is inside the limits."""
+    if bound.type in (int, float):
+        if bound.minimum is not None and (value <= bound.minimum if bound.open_min else value < bound.minimum):
+            return False
+        return bound.maximum is None or bool(value <= bound.maximum)
+    return bound.max_items is None or len(value) <= bound.max_items
+
+
 def check_value(name: str, value: Any, bound: Bound) -> None:
     """Raise InvalidValue naming field, value and what is accepted, unless `value` is inside `bound`."""
     if value is None and bound.optional:
         return
-    ok: bool
-    if bound.type is bool:
-        ok = isinstance(value, bool)
-    elif bound.type is float:
-        ok = isinstance(value, (int, float)) and not isinstance(value, bool)
-        ok = ok and (isinstance(value, int) or math.isfinite(value))
-    elif bound.type is int:
-        ok = isinstance(value, int) and not isinstance(value, bool)
-    else:
-        ok = isinstance(value, (list, tuple) if bound.type is list else bound.type)
-    if ok and bound.type in (int, float):
-        ok = bound.minimum is None or (value > bound.minimum if bound.open_min else value >= bound.minimum)
-        ok = ok and (bound.maximum is None or value <= bound.maximum)
-    if ok and bound.max_items is not None:
-        ok = len(value) <= bound.max_items
-    if not ok:
+    if not (has_type(value, bound.type) and in_range(value, bound)):
         shown = repr(value) if not isinstance(value, (list, dict, str)) or len(value) <= 8 else f"{len(value)} entries"
         raise InvalidValue(f"{name}: {shown} is not accepted; expected {bound.accepted()}", param=name)
     if bound.items is not None:

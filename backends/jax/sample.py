@@ -7,6 +7,7 @@ condition on `uses`. Letters: B rows of a block · V vocabulary · W = ceil(V / 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntFlag
 
 import jax
@@ -156,7 +157,7 @@ def sortable(x: Array) -> Array:
     return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
 
-def bisect(enough, rows: int) -> Array:
+def bisect(enough: Callable[[Array], Array], rows: int) -> Array:
     """The largest int32 threshold a row for which `enough` holds; it holds for the smallest int32. -> i32 [B]."""
     low = jnp.full((rows,), jnp.iinfo(jnp.int32).min, jnp.int32)
     high = jnp.full((rows,), jnp.iinfo(jnp.int32).max, jnp.int32)
