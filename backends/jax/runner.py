@@ -177,7 +177,7 @@ class Runner:
         for step in self._steps:
             if step.handle is handle:
                 return step
-        raise KeyError(f"step {handle.step_id} is not in flight")
+        fail(f"step {handle.step_id} is not in flight")
 
     def _table_calls(self, plan: StepPlan) -> list[Call]:
         """Calls for tenancies and page copies; keeps the host's mirror of the slots."""

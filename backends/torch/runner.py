@@ -229,7 +229,7 @@ class Runner:
         for step in self._steps:
             if step is handle:
                 return step
-        raise KeyError(f"step {getattr(handle, 'step_id', handle)} is not in flight")
+        fail(f"step {getattr(handle, 'step_id', handle)} is not in flight")
 
     def _check_tenancies(self, plan: StepPlan) -> None:
         """Keeps the host's mirror of the slots."""

@@ -17,18 +17,14 @@ import pytest
 from engine.errors import TwinferError
 from engine.runner import Capability, DeviceInfo
 from engine.step import (
-    CrossEncodes,
-    Drafts,
-    PromptLogprobs,
     Sampler,
-    StateSlots,
     StepPlan,
-    Transfers,
     empty_plan,
 )
+from tests.backends.conformance_features import FeatureConformance
 from tests.backends.conformance_fixtures import OUTPUTS, PROMPTS
 from tests.backends.conformance_sampling import SamplingConformance
-from tests.backends.driver import Driver, Seq, ragged
+from tests.backends.driver import Driver, Seq
 
 
 def scribble(part: object) -> None:
@@ -43,7 +39,7 @@ def scribble(part: object) -> None:
             scribble(item)
 
 
-class Conformance(SamplingConformance):
+class Conformance(SamplingConformance, FeatureConformance):
     """Inherit and define make_runner."""
 
     # lifecycle
@@ -93,6 +89,49 @@ class Conformance(SamplingConformance):
         assert result.prompt_logprobs is None and result.pooled is None
         assert result.finished_transfers == () and result.failed_transfers == ()
         assert d.step([(b, 1)]).logprobs is None
+
+    def test_order_and_depth(self, d: Driver) -> None:
+        """Too many steps in flight, collecting out of order or twice, a mask that nobody waits for: all refused."""
+        seq = d.new(d.prompt(4))
+        handles = [d.submit(d.plan([(seq, 4 if n == 0 else 1)])) for n in range(d.config.max_in_flight)]
+        with pytest.raises(TwinferError):
+            d.runner.submit([empty_plan(d.next_step(), d.bucket(0, 0))])
+        if len(handles) > 1:
+            with pytest.raises(TwinferError):
+                d.runner.collect(handles[1])
+        with pytest.raises(TwinferError):
+            d.runner.provide_mask(handles[0], np.zeros(0, np.int32), np.zeros((0, 7), np.uint32))
+        for handle in handles:
+            d.collect(handle)
+        with pytest.raises(TwinferError):
+            d.runner.collect(handles[0])
+        d.generate([seq], 4)
+        assert seq.outputs == self.alone(d, seq.tokens[:4], 4).outputs
+
+    def test_up_to_the_model_length(self, d: Driver) -> None:
+        """The last token of the longest sequence: the last column of the page table, the last position."""
+        prompt = d.prompt(d.config.max_model_len - 4)
+        wanted = self.alone(d, prompt, 5)  # the fifth is sampled from a full sequence
+        seq = d.new(prompt, num_logprobs=0)
+        d.generate([seq], 5, chunk=37)
+        assert len(seq.tokens) == d.config.max_model_len + 1
+        self.same(seq, wanted)
+
+    def test_opened_before_its_first_row(self, d: Driver) -> None:
+        """A tenancy may begin in a step that computes nothing of it."""
+        prompt = d.prompt(9)
+        wanted = self.alone(d, prompt)
+        seq = d.new(prompt, num_logprobs=0)
+        plan = d.plan([(seq, 9)])
+        begin = replace(
+            empty_plan(d.next_step(), plan.bucket), opened=plan.opened, page_deltas=plan.page_deltas, closed=plan.closed
+        )
+        d.runner.collect(d.runner.submit([begin]))
+        later = replace(plan, step_id=d.next_step(), opened=None, page_deltas=(), closed=None)
+        d.rows_of[later.step_id] = d.rows_of.pop(plan.step_id)
+        d.collect(d.submit(later))
+        d.generate([seq], OUTPUTS)
+        self.same(seq, wanted)
 
     # one sequence, many ways
 
@@ -333,121 +372,6 @@ class Conformance(SamplingConformance):
             for seq in seqs:
                 d.close(seq)
         assert d.runner.num_compiles() == before
-
-    # features that may be announced
-
-    def test_what_is_not_announced_is_refused(self, d: Driver) -> None:
-        none = np.zeros(0, np.int32)
-        wide = np.zeros(0, np.int64)
-        parts: dict[Capability, dict[str, object]] = {
-            Capability.LATE_MASK: {"late_mask": True},
-            Capability.MULTI_STEP: {"num_steps": 2},
-            Capability.DRAFTS: {"drafts": Drafts(num_drafts=np.zeros(1, np.int32))},
-            Capability.STATE: {"states": (StateSlots(group=0, read=none - 1, write=none),)},
-            Capability.CROSS: {"encodes": CrossEncodes(group=0, media_id=wide, pages=ragged([]), num_tokens=none)},
-            Capability.TRANSFERS: {
-                "transfers": Transfers(transfer_id=wide, kind=np.zeros(0, np.uint8), pool=none, pages=ragged([]))
-            },
-            Capability.PROMPT_LOGPROBS: {"prompt_logprobs": PromptLogprobs(token_idx=none, targets=none, num_top=0)},
-            Capability.POOLING: {"pooling": np.ones(1, np.int32)},
-        }
-        missing = [c for c in parts if c not in d.device.capabilities]
-        for capability in missing:
-            seq = d.new([1, 2, 3])
-            plan = d.plan([(seq, 3)])
-            with pytest.raises(TwinferError):
-                d.runner.submit([replace(plan, **parts[capability])])
-            seq.opened = False
-            d.close(seq)
-        if Capability.REPLICAS not in d.device.capabilities:
-            plan = empty_plan(d.next_step(), d.bucket(0, 0))
-            with pytest.raises(TwinferError):
-                d.runner.submit([plan, plan])
-        seq = d.new([1, 2, 3])
-        with pytest.raises(TwinferError):  # adapters: no capability announces them yet
-            d.runner.submit([replace(d.plan([(seq, 3)]), adapter_slots=np.zeros(1, np.int32))])
-        seq.opened = False
-
-    @pytest.mark.parametrize("temperature", [0.0, 2.0])
-    def test_late_mask(self, d: Driver, temperature: float) -> None:
-        """Only allowed ids come out; a row without a mask is free; the next step may be submitted before the mask."""
-        self.need(d, Capability.LATE_MASK)
-        prompts = [d.prompt(9), d.prompt(4)]
-        sampling = {"temperature": temperature, "seed": 2}
-        allowed = [(7, 66, 198), (0, 31, 32)]
-        wanted = self.alone(d, prompts[0], 3, **sampling)
-        free, bound = d.new(prompts[0], num_logprobs=0, **sampling), d.new(prompts[1], **sampling)
-        late = []
-        for turn in range(2):
-            plan = d.plan([(s, s.left if turn == 0 else 1) for s in (free, bound)], late_mask=True)
-            late.append(d.submit(plan))
-            if turn == 0 and d.config.max_in_flight < 2:
-                self.mask(d, late[0], allowed[0])
-                d.collect(late.pop(0))
-        for handle, ids in zip(late, allowed[-len(late) :], strict=True):
-            self.mask(d, handle, ids)
-            d.collect(handle)
-        d.generate([free, bound], 3)
-        self.same(free, wanted)
-        assert bound.outputs[0] in allowed[0] and bound.outputs[1] in allowed[1]
-
-    def mask(self, d: Driver, handle: object, ids: Sequence[int]) -> None:
-        """Row 1 may take only `ids`."""
-        bits = np.zeros((1, -(-d.arch.vocab_size // 32)), np.uint32)
-        for v in ids:
-            bits[0, v // 32] |= np.uint32(1 << (v % 32))
-        d.runner.provide_mask(handle, np.array([1], np.int32), bits)
-
-    def test_late_mask_of_the_likeliest_allowed(self, d: Driver) -> None:
-        self.need(d, Capability.LATE_MASK)
-        prompt = d.prompt(5)
-        pair, other = d.new(d.prompt(2)), d.new(prompt, num_logprobs=5)
-        handle = d.submit(d.plan([(pair, 2), (other, 5)], late_mask=True))
-        self.mask(d, handle, range(d.arch.vocab_size))
-        result = d.collect(handle)
-        assert result.logprobs is not None
-        third = int(result.logprobs.top_ids[1, 2])
-        other = d.new(prompt)
-        pair = d.new(d.prompt(2))
-        handle = d.submit(d.plan([(pair, 2), (other, 5)], late_mask=True))
-        self.mask(d, handle, [third, int(result.logprobs.top_ids[1, 4])])
-        d.collect(handle)
-        assert other.outputs == [third]
-
-    @pytest.mark.parametrize("temperature", [0.0, 1.0])
-    def test_several_turns_on_the_device(self, d: Driver, temperature: float) -> None:
-        """k turns give what k steps give; stop ids and max_outputs end a row early."""
-        self.need(d, Capability.MULTI_STEP)
-        sampling = {"temperature": temperature, "seed": 5}
-        prompts = [d.prompt(5), d.prompt(17), d.prompt(30)]
-        wanted = [self.alone(d, p, 9, **sampling) for p in prompts]
-        stop = wanted[1].outputs[3]
-        early = wanted[1].outputs.index(stop) + 1  # outputs of a row that ends at `stop`
-        more = [{}, {"stop_ids": (stop,)}, {"max_outputs": 3}]
-        seqs = [d.new(p, num_logprobs=0, **sampling, **m) for p, m in zip(prompts, more, strict=True)]
-        d.step([(s, s.left) for s in seqs])
-        result = d.step([(s, 1) for s in seqs], num_steps=8)
-        assert result.tokens.shape == (3, 8)
-        assert result.num_sampled.tolist() == [8, max(0, early - 1) if early > 1 else 8, 2]
-        self.same(seqs[0], wanted[0])
-        assert seqs[1].outputs == wanted[1].outputs[: early if early > 1 else 9]
-        assert seqs[2].outputs == wanted[2].outputs[:3]
-
-    def test_drafts_change_nothing_but_the_pace(self, d: Driver) -> None:
-        """Right drafts are accepted, wrong ones cost nothing, and the tokens are those of plain steps."""
-        self.need(d, Capability.DRAFTS)
-        for temperature in (0.0, 1.0):
-            prompt = d.prompt(11)
-            wanted = self.alone(d, prompt, 10, temperature=temperature, seed=3)
-            seq = d.new(prompt, temperature=temperature, seed=3)
-            d.step([(seq, 11)])
-            right = wanted.outputs[1:4]
-            assert d.collect(d.submit(d.draft_plan([(seq, right)]))).num_sampled.tolist() == [4]
-            wrong = [wanted.outputs[5], (wanted.outputs[6] + 1) % d.arch.vocab_size, wanted.outputs[7]]
-            assert d.collect(d.submit(d.draft_plan([(seq, wrong)]))).num_sampled.tolist() == [2]
-            d.generate([seq], 10)
-            assert seq.outputs[:10] == wanted.outputs
-            d.close(seq)
 
     def test_sampler_none_and_greedy_agree_with_full(self, d: Driver) -> None:
         prompt = d.prompt(13)
