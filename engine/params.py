@@ -36,9 +36,10 @@ class Bound:
 
     def accepted(self) -> str:
         """What would be accepted, for error texts."""
-        name = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}.get(self.type, "a list")
-        low = None if self.minimum is None else f"{'>' if self.open_min else '>='} {self.minimum:g}"
-        high = None if self.maximum is None else f"<= {self.maximum:g}"
+        names: dict[type, str] = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+        name = names.get(self.type, "an object" if self.type is dict else "a list")
+        low = None if self.minimum is None else f"{'>' if self.open_min else '>='} {shown(self.minimum)}"
+        high = None if self.maximum is None else f"<= {shown(self.maximum)}"
         limits = " and ".join(part for part in (low, high) if part)
         text = f"{name} {limits}".strip()
         if self.max_items is not None:
@@ -46,6 +47,11 @@ class Bound:
         if self.items is not None:
             text += f", each {self.items.accepted()}"
         return text + (" or null" if self.optional else "")
+
+
+def shown(limit: float) -> str:
+    """A limit in error texts: integers in full."""
+    return str(limit) if isinstance(limit, int) else f"{limit:g}"
 
 
 TOKEN_ID = Bound(int, 0, 2**31 - 1)

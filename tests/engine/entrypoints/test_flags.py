@@ -168,3 +168,12 @@ def test_help_is_quick_and_imports_no_framework(command: str) -> None:
     assert loaded.strip() == "[]"
     assert float(seconds) < 0.5
     assert command in done.stdout
+
+
+def test_the_manual_names_every_option_and_command() -> None:
+    manual = (Path(__file__).parents[3] / "docs" / "cli.md").read_text()
+    for flag in FLAGS:
+        assert f"`{flag.option}`" in manual, flag.option
+        assert HELP[flag.name].replace("|", "\\|") in manual, flag.option
+    for command in COMMANDS:
+        assert f"twinfer {command}" in manual
