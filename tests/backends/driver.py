@@ -198,7 +198,7 @@ class Driver:
             "num_threads": 1,
         }
         self.config = RunnerConfig(**(values | config))
-        self.layout = layout(groups, num_pages=64)
+        self.layout = replace(layout(groups, num_pages=64), kv_dtype=self.config.kv_dtype)
         runner.configure(self.config, Placement())
         runner.load(None)
         self.budget_bytes = runner.cache_budget_bytes()
