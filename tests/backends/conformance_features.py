@@ -19,6 +19,7 @@ from engine.step import (
     empty_plan,
 )
 from tests.backends.conformance_fixtures import Fixtures
+from tests.backends.driver import Driver, ragged
 
 
 class FeatureConformance(Fixtures):
