@@ -3,8 +3,8 @@
     turn:   schedule n + 1 -> submit n + 1 -> key units (the device works on n) -> collect n -> update n
 
 `depth` is how many steps may be in flight; 1 is the plain loop. Driven by core/process.py or, in one process, by the
-client itself. Always true: a message or a row that is at fault ends its own request; a failed step ends its culprits, and
-the steps behind it are collected before anything new is submitted.
+client itself. Always true: a message or a row that is at fault ends its own request; a failed step ends its culprits,
+and the steps behind it are collected before anything new is submitted.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class CoreLoop:
                 self.shutdown()
 
     def step(self) -> list[FromCore]:
-        """One turn: plan and submit a step, then collect the oldest one if the pipeline is full or nothing was planned."""
+        """One turn: plan and submit a step, then collect the oldest if the pipeline is full or nothing was planned."""
         planned = len(self._open) < self.depth and self._submit()
         self.scheduler.commit_keys()
         if self._open and (len(self._open) >= self.depth or not planned):

@@ -19,12 +19,12 @@ from engine.errors import ConfigError, check
 from engine.kv.page_pool import PagePool
 from engine.kv.prefix_cache import UnitIndex
 from engine.specs.cache import GroupKind, GroupLayout
-from engine.step import I32, NULL_PAGE
+from engine.step import I32, I64, NULL_PAGE
 
 
 @dataclass(frozen=True, slots=True)
 class GroupHit:
-    """Pages of one group that a hit reads: columns [first, first + len(pages)); the last one is partial if `partial`."""
+    """Pages of one group that a hit reads: columns [first, first + len(pages)); the last may be partial."""
 
     first: int
     pages: I32  # [n]
@@ -129,13 +129,14 @@ class PageTable:
         self.num_columns[slot] = end
         self.capacity[slot] = end * self.page_tokens
 
-    def missing(self, slots: I32, ends: I32) -> tuple[I32, I32] | None:
+    def missing(self, slots: I32, ends: I32) -> tuple[I64, I32] | None:
         """(row indexes, pages each) that tokens up to `ends` need beyond what is allocated; None when nothing."""
         short = ends - self.capacity[slots]
         rows = np.flatnonzero(short > 0)
         if not len(rows):
             return None
-        return rows, (short[rows] + (self.page_tokens - 1)) // self.page_tokens
+        counts: I32 = (short[rows] + (self.page_tokens - 1)) // self.page_tokens
+        return rows, counts
 
     def append(self, slots: I32, counts: I32, pages: I32) -> I32:
         """Give `pages` to rows in order, counts[i] to slots[i] (distinct). Returns the columns, [sum(counts)]."""

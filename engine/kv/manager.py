@@ -3,9 +3,9 @@
     find -> open_row -> grow -> key_units -> ... -> close_row
 
 Always true: an operation over several pools is atomic (it gives everything or changes nothing); a page that is freed
-while a step is in flight may be given to a step submitted later (the device runs steps in order); the source of a partial
-copy is held until the step that copies is collected; keyed units are never rewritten. Deltas and copies gather here
-until `take_deltas` and `take_copies` put them into the step's plan.
+while a step is in flight may be given to a step submitted later (the device runs steps in order); the source of a
+partial copy is held until the step that copies is collected; keyed units are never rewritten. Deltas and copies gather
+here until `take_deltas` and `take_copies` put them into the step's plan.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from engine.kv.groups import GroupHit, PageTable
 from engine.kv.page_pool import PagePool
 from engine.kv.prefix_cache import root_key
 from engine.specs.cache import CacheLayout
-from engine.step import I32, PageCopies, PageDelta
+from engine.step import I32, I64, PageCopies, PageDelta
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +224,7 @@ class KVManager:
                     keyed.append(KeyedUnit(table.group, key, page))
         return keyed
 
-    def key_row_units(self, slots: I32, units: I32, keys: Sequence[bytes]) -> None:
+    def key_row_units(self, slots: I64, units: I32, keys: Sequence[bytes]) -> None:
         """Key one unit of each row: units[i] of slots[i] has keys[i]."""
         for table in self.tables:
             pages = table.pages[slots, units // table.page_units].tolist()

@@ -1,11 +1,11 @@
 """PagePool: who holds each page of one pool, and which page is given out next. The KV manager owns one per pool.
 
-Always true: every page except the null page is in exactly one of three places: referenced (refs > 0), cached (refs == 0,
-some units keyed, in the eviction ring) or blank (refs == 0, no keys, on the stack). Pages are given out blank first, then
+Always true: every page except the null page is in exactly one of three places: referenced (refs > 0), cached (no refs,
+some units keyed, in the eviction ring) or blank (no refs, no keys, on the stack). Pages are given out blank first, then
 in the order in which they became unreferenced; nothing here touches a Python object per page.
 
-The ring holds (page, stamp) entries and is never searched: a page that is taken back out of it gets another stamp, which
-makes its entry stale; stale entries are dropped when the head reaches them or when the ring is compacted.
+The ring holds (page, stamp) entries and is never searched: a page that is taken back out of it gets another stamp,
+which makes its entry stale; stale entries are dropped when the head reaches them or when the ring is compacted.
 """
 
 from __future__ import annotations
@@ -148,7 +148,8 @@ class PagePool:
     def eviction_order(self) -> I32:
         """Cached pages, the next to be evicted first. For tests."""
         pages = self._ring[self._head : self._tail]
-        return pages[self._stamp[pages] == self._ring_stamps[self._head : self._tail]]
+        live: I32 = pages[self._stamp[pages] == self._ring_stamps[self._head : self._tail]]
+        return live
 
     def check_integrity(self) -> None:
         """P-1 and P-3: conservation, no page twice, categories disjoint. Raises InternalError."""

@@ -1,9 +1,9 @@
 """Prefix keys, and the index from a key to the page that holds its unit.
 
-A key is SHA-256 over (parent key, the unit's tokens); the first parent is SHA-256 over the domain (tenant, salt, adapter,
-media, weights version) and the epoch, so equal chains mean equal context and equal domain, at equal depth. The index
-therefore stores the page alone: the unit's place in its page follows from its depth. A page that holds unit u of a column
-holds the units before u of the same column for the same chain, because a column is only ever filled from its start.
+A key is SHA-256 over (parent key, the unit's tokens); the first parent is SHA-256 over the domain (tenant, salt,
+adapter, media, weights version) and the epoch, so equal chains mean equal context and domain, at equal depth. The index
+therefore stores the page alone: the unit's place in its page follows from its depth. A page that holds unit u of a
+column holds the units before u of that column for the same chain, because a column is only ever filled from its start.
 """
 
 from __future__ import annotations

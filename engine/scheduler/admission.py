@@ -1,7 +1,7 @@
 """What a request must satisfy before it may wait for its turn: everything that could hurt a step is refused here.
 
-The front doors validate too; this is the engine's own word (R2, R3): every id that will reach the device lies in [0, V),
-every list fits its device table, and the request can run to its first token in the pages there are (S-7).
+The front doors validate too; this is the engine's own word (R2, R3): every id that will reach the device lies in
+[0, V), every list fits its device table, and the request can run to its first token in the pages there are (S-7).
 """
 
 from __future__ import annotations

@@ -36,4 +36,4 @@ def share_budget(want: I32, chunk: I32, budget: int, score_budget: int, scores: 
     before = np.cumsum(multiple) - multiple
     given = np.clip(left - before, 0, multiple)
     given[single] = 1
-    return given.astype(np.int32, copy=False)
+    return np.asarray(given, np.int32)

@@ -1,4 +1,4 @@
-"""SchedulerConfig: the limits and the policy of one scheduler. Built by core/start.py from what resolve() worked out."""
+"""SchedulerConfig: limits and policy of one scheduler. Built by core/start.py from what resolve() worked out."""
 
 from __future__ import annotations
 

@@ -105,6 +105,13 @@ class PrefixKeys:
         table.num_keyed[due] += 1
         return len(keys)
 
+    def forget(self) -> None:
+        """Every later lookup misses. Running rows key nothing any more: their chains belong to the epoch that ended."""
+        self._kv.forget_keys()
+        self._prefilling.clear()
+        self.computing.clear()
+        self._table.num_keyed[:] = NEVER_KEYED
+
     def closing(self, slot: int, *, keep: bool) -> None:
         """A row ends: key its collected units (`keep`), and let others compute what it will not."""
         table, unit = self._table, self._unit

@@ -1,8 +1,8 @@
 """Who comes first: the waiting queue, and the running rows in the same order.
 
 Every request has one order key for life, so two requests never change places: under fcfs its arrival number; under
-priority (its arrival step + priority x aging_steps, arrival). A class is thus worth a bounded head start: a request of a
-low class cannot be overtaken for ever (S-5). A preempted request keeps its key, which puts it at the head of its class.
+priority (its arrival step + priority x aging_steps, arrival). A class is thus worth a bounded head start: a request of
+a low class cannot be overtaken for ever (S-5). A preempted request keeps its key: it is at the head of its class.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Entry:
 
 
 class WaitingQueue:
-    """A heap by order key. Removal is lazy: the entry is forgotten, and its place swept when half of the heap is dead."""
+    """A heap by order key. Removal is lazy: the entry is forgotten, its place swept when half of the heap is dead."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[OrderKey, Entry]] = []

@@ -3,9 +3,9 @@
     add -> waiting --schedule--> running --update--> finished        abort: from anywhere
               ^--------- preempted, or a step failed --------'
 
-The core loop calls `schedule` (plan of step n + 1, while n runs), `commit_keys` (in the overlapped window), then `update`
-or `fail` with step n. Always true: a request is in exactly one place and ends exactly once; every page a row holds is in
-the manager's tables; rows are scheduled in order, and the first in order is never preempted.
+The core loop calls `schedule` (plan of step n + 1, while n runs), `commit_keys` (in the overlapped window), then
+`update` or `fail` with step n. Always true: a request is in exactly one place and ends exactly once; every page a row
+holds is in the manager's tables; rows are scheduled in order, and the first in order is never preempted.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class Scheduler:
 
     def reset_prefix_cache(self) -> None:
         """Every later lookup misses; running requests go on undisturbed."""
-        self.kv.forget_keys()
+        self.prefix.forget()
 
     def take_failures(self) -> list[Failure]:
         """Requests that ended in an error since the last call."""
@@ -284,7 +284,7 @@ class Scheduler:
     # -- admission -----------------------------------------------------------------------------------------------------
 
     def _admit(self, rows: ChosenRows, budget: int, score_budget: int) -> tuple[ChosenRows, list[tuple[int, int]]]:
-        """Open waiting requests, in order, while there are slots, tokens and pages. -> (all rows, [(slot, computed)])."""
+        """Open waiting requests, in order, while slots, tokens and pages last. -> (all rows, [(slot, computed)])."""
         opened: list[tuple[int, int]] = []
         added: list[tuple[int, int, int]] = []  # slot, computed, new
         passed: list[Entry] = []
@@ -435,12 +435,12 @@ class Scheduler:
         """The oldest step failed: its culprits end, everybody else in it and in later steps is computed again.
 
         Without named rows a request survives one such step; with the second it ends, so that the engine cannot fail
-        for ever. Steps that were in flight meanwhile read what this one should have written: their rows start again too.
+        for ever. Steps in flight meanwhile read what this one should have written: their rows start again too.
         """
         flight = self._collect(plan)
         tainted = [flight, *self.in_flight]
         if error.cache_lost:
-            self.kv.forget_keys()
+            self.prefix.forget()
             restarted = dict.fromkeys(self.running.slots.tolist())
         else:
             restarted = {}

@@ -4,13 +4,13 @@
                       [0, num_computed) their KV is computed or being computed by a submitted step
     length = num_tokens + tokens that steps in flight will sample;  num_computed <= length <= max_total
 
-Always true: `generation` of a slot changes when its tenancy ends and when one begins, so a result that belongs to a former
-tenant is told by comparing generations (S-10); a free slot has num_computed == length == 0.
+Always true: `generation` of a slot changes when its tenancy ends and when one begins, so a result that belongs to a
+former tenant is told by comparing generations (S-10); a free slot has num_computed == length == 0.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -44,15 +44,27 @@ class SamplingColumns:
     num_logprobs: I32
 
 
-INT_COLUMNS = ("top_k", "num_outputs", "min_tokens", "max_outputs", "num_logprobs")
-
-
 def sampling_columns(num_slots: int) -> SamplingColumns:
-    columns = {}
-    for column in fields(SamplingColumns):
-        dtype = np.int32 if column.name in INT_COLUMNS else np.uint64 if column.name == "seed" else np.float32
-        columns[column.name] = np.zeros(num_slots, dtype)
-    return SamplingColumns(**columns)
+    def floats() -> F32:
+        return np.zeros(num_slots, np.float32)
+
+    def ints() -> I32:
+        return np.zeros(num_slots, np.int32)
+
+    return SamplingColumns(
+        temperature=floats(),
+        top_p=floats(),
+        min_p=floats(),
+        top_k=ints(),
+        presence_penalty=floats(),
+        frequency_penalty=floats(),
+        repetition_penalty=floats(),
+        seed=np.zeros(num_slots, np.uint64),
+        num_outputs=ints(),
+        min_tokens=ints(),
+        max_outputs=ints(),
+        num_logprobs=ints(),
+    )
 
 
 def wants_prompt_scores(entry: Entry) -> bool:
