@@ -22,6 +22,8 @@ from engine.frontend.progress import StartupBar
 from engine.metrics.export import EngineMetrics
 from engine.metrics.log import StatsLog
 
+log = logging.getLogger("twinfer.serve")
+
 DEFAULT_NAME = "default"  # what the toy model answers to
 
 
@@ -65,6 +67,8 @@ async def run_server(config: EngineConfig, settings: ServerSettings) -> int:
         app = create_app(
             engine, settings, model_names=names, model_root=config.model.model or DEFAULT_NAME, metrics=metrics
         )
+        stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in ready.startup_s.items())
+        log.info("start-up: %s", stages)
         server = HttpServer(app, settings, on_give_up=engine.shutdown)
         sock.listen(2048)
         print(banner(ready, names[0], url_of(settings, sock), settings), flush=True)

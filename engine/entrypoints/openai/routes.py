@@ -122,10 +122,20 @@ async def answer_chat(serving: Serving, request: ChatRequest, http: Request) -> 
         return stream(serving, request, [prompt], ChatChunks(request, answer), http)
 
     async def work() -> Response:
-        outputs = await finals(serving, request, [prompt])
+        try:
+            outputs = await finals(serving, request, [prompt])
+        except InvalidValue as error:
+            raise chat_name(error) from None
         return json_response(chat_answer(request, answer, outputs[0]))
 
     return await unless_left(http.receive, counted(serving, work()))
+
+
+def chat_name(error: Exception) -> Exception:
+    """The engine knows `logprobs`; in a chat request that number is called top_logprobs."""
+    if isinstance(error, InvalidValue) and error.param == "logprobs":
+        return InvalidValue(f"top_{error}", param="top_logprobs")
+    return error
 
 
 async def answer_completion(serving: Serving, request: CompletionRequest, http: Request) -> Response:
@@ -196,7 +206,7 @@ def stream(
             yield chunks.end()
         except Exception as error:
             if not sent:
-                raise
+                raise chat_name(error) if isinstance(request, ChatRequest) else error from None
             yield b"data: " + describe(error, request_id).body() + b"\n\n" + DONE
         finally:
             serving.active -= 1

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.entrypoints.engine_client import ChatMessages
-from engine.errors import EngineDead, NeverFits
+from engine.errors import EngineDead, InvalidValue, NeverFits
 from engine.params import RequestOutputKind, SamplingParams
 
 
@@ -53,10 +53,16 @@ class ByteTexts:
         return list((text + ("assistant:" if template.add_generation_prompt else "")).encode())
 
     def decode(self, token_ids: Sequence[int]) -> str:
+        check_bytes(token_ids)
         return bytes(token_ids).decode("utf-8", "replace")
 
     def token_strings(self, token_ids: Sequence[int]) -> list[str]:
         return [chr(i) for i in token_ids]
+
+
+def check_bytes(ids: Sequence[int]) -> None:
+    if any(not 0 <= i < 256 for i in ids):
+        raise InvalidValue("tokens: expected ids < 256", param="tokens")
 
 
 def position(token: int) -> dict[int, Lp]:
@@ -78,7 +84,10 @@ class AlphabetEngine:
     async def generate(
         self, prompt_ids: list[int], params: SamplingParams, request_id: str, priority: int, cache_salt: str | None
     ) -> AsyncIterator[Output]:
-        count = params.max_tokens or 8
+        count = min(params.max_tokens or 8, self.max_model_len)
+        check_bytes(prompt_ids)
+        if not prompt_ids:
+            raise InvalidValue("prompt: it has no tokens", param="prompt")
         if len(prompt_ids) + 1 > self.max_model_len:
             raise NeverFits(f"prompt: {len(prompt_ids)} tokens do not fit {self.max_model_len}", param="prompt")
         self.running.add(request_id)
