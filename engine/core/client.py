@@ -1,4 +1,4 @@
-"""CoreClient: how a front end reaches an engine core. In this process, or in one of its own.
+"""CoreClient: how a front end reaches an engine core; ProcessClient: a core in a process of its own.
 
 `send` never blocks. `receive` gives the messages that have come, in order. When the core has gone, `send` and
 `receive` raise EngineDead, once every message that it still sent has been received. One thread may send while another
@@ -10,9 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-import tempfile
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -22,26 +20,22 @@ import msgspec
 import zmq
 
 from engine.config import EngineConfig
-from engine.core.launch import CoreChild, CoreLaunch
+from engine.core.launch import CoreChild, CoreLaunch, private_folder
 from engine.core.messages import (
     MAX_FRAME_BYTES,
     CoreFailed,
     CoreReady,
     FromCore,
-    RequestFailed,
     Shutdown,
     StartupProgress,
     ToCore,
 )
-from engine.core.process import BuildCore, Core
-from engine.errors import EngineDead, InvalidValue, RequestError, StartupError, check
-from engine.runner import Progress
+from engine.errors import EngineDead, InvalidValue, StartupError
 
 OnProgress = Callable[[StartupProgress], None]
 
 STOP_GRACE_S = 5.0
 MAX_DRAIN = 64  # messages a receive gives at most
-MAX_ENDPOINT_BYTES = 100  # sun_path of a UNIX socket takes 107
 
 
 class CoreClient(Protocol):
@@ -55,64 +49,11 @@ class CoreClient(Protocol):
     def receive(self, timeout_s: float | None) -> list[FromCore]:
         """Messages that have come; waits at most `timeout_s` (None = for ever) for the first one."""
 
-    def close(self) -> None:
-        """Stop the core and free everything. May be called twice."""
-
-
-def build_in_process(config: EngineConfig, model_path: Path, progress: Progress) -> tuple[Core, CoreReady]:
-    from engine.core.start import start_core  # imported here: a ProcessClient's process has no use for the scheduler
-
-    return start_core(config, model_path, progress)
-
-
-class InProcessClient:
-    """The core in this process and thread: `receive` runs steps. For offline use; not thread-safe."""
-
-    def __init__(self, build: BuildCore = build_in_process) -> None:
-        self._build = build
-        self._core: Core | None = None
-        self._refused: list[FromCore] = []
-
-    def start(self, config: EngineConfig, model_path: Path, progress: OnProgress | None = None) -> CoreReady:
-        def report(phase: str, done: int, total: int) -> None:
-            if progress is not None:
-                progress(StartupProgress(phase, done, total))
-
-        self._core, ready = self._build(config, model_path, report)
-        return ready
-
-    def _running(self) -> Core:
-        if self._core is None:
-            raise EngineDead("the engine is closed")
-        return self._core
-
-    def send(self, message: ToCore) -> None:
-        core = self._running()
-        if isinstance(message, Shutdown):
-            self.close()
-            return
-        try:
-            core.handle(message)
-        except RequestError as error:
-            key = getattr(message, "key", None)
-            check(key is not None, "only AddRequest may be refused")
-            self._refused.append(RequestFailed(int(key or 0), error.code, str(error)))
-
-    def receive(self, timeout_s: float | None) -> list[FromCore]:
-        """Run steps until one gives messages, the core is idle, or `timeout_s` has passed (0: one step)."""
-        core = self._running()
-        messages, self._refused = self._refused, []
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while not messages:
-            messages = core.step()
-            if not core.has_work or (deadline is not None and time.monotonic() >= deadline):
-                break
-        return messages
+    def kill(self) -> None:
+        """End the core at once: `start` and `receive` in another thread raise. `close` is still to be called."""
 
     def close(self) -> None:
-        core, self._core = self._core, None
-        if core is not None:
-            core.shutdown()
+        """Stop the core and free everything. May be called twice; no other thread may be in `receive`."""
 
 
 class ProcessClient:
@@ -126,6 +67,7 @@ class ProcessClient:
         self._dead: str | None = None  # why, once it is known
         self._close_lock = threading.Lock()
         self._closed = False
+        self._killed = False
 
     @property
     def pid(self) -> int | None:
@@ -138,6 +80,8 @@ class ProcessClient:
         self._inbox, from_core = self._bind(zmq.PULL, "from_core")
         launch = CoreLaunch(config, str(model_path), to_core, from_core, os.getpid())
         self._child = CoreChild(self._module, launch)
+        if self._killed:
+            self._child.kill()
         # also runs at interpreter exit
         sockets = (self._inbox, self._outbox)
         self._finalizer = weakref.finalize(self, abandon, self._child, self._context, sockets, self._folder)
@@ -210,8 +154,12 @@ class ProcessClient:
         self._dead = reason
         raise EngineDead(reason)
 
+    def kill(self) -> None:
+        self._killed = True
+        if self._child is not None:
+            self._child.kill()
+
     def close(self, grace_s: float = STOP_GRACE_S) -> None:
-        """No other thread may be in `receive`."""
         with self._close_lock:
             if self._closed or self._child is None:
                 return
@@ -225,15 +173,6 @@ class ProcessClient:
         self._outbox.close()
         self._context.term()
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def private_folder() -> Path:
-    """A new directory with mode 0700, with a path short enough for UNIX sockets."""
-    folder = Path(tempfile.mkdtemp(prefix="twinfer-"))
-    if len(bytes(folder)) > MAX_ENDPOINT_BYTES - len("/from_core"):
-        folder.rmdir()
-        folder = Path(tempfile.mkdtemp(prefix="twinfer-", dir="/tmp"))
-    return folder
 
 
 def abandon(

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from engine.config import EngineConfig
 
 LENGTH_BYTES = 4
 MAX_LAUNCH_BYTES = 1 << 20
+MAX_ENDPOINT_BYTES = 100  # sun_path of a UNIX socket takes 107
 
 
 class CoreLaunch(msgspec.Struct):
@@ -136,3 +138,12 @@ def child_environment() -> dict[str, str]:
     root = str(Path(__file__).parents[2])
     old = os.environ.get("PYTHONPATH")
     return {**os.environ, "PYTHONPATH": root if not old else root + os.pathsep + old}
+
+
+def private_folder() -> Path:
+    """A new directory with mode 0700, with a path short enough for UNIX sockets."""
+    folder = Path(tempfile.mkdtemp(prefix="twinfer-"))
+    if len(bytes(folder)) > MAX_ENDPOINT_BYTES - len("/from_core"):
+        folder.rmdir()
+        folder = Path(tempfile.mkdtemp(prefix="twinfer-", dir="/tmp"))
+    return folder

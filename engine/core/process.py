@@ -7,27 +7,22 @@ the request it names; the process ends on Shutdown, on SIGTERM once the work is 
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import logging
-import os
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 import zmq
 
-from engine.config import EngineConfig
+from engine.core.build import BuildCore, Core, build_core
 from engine.core.launch import CoreLaunch, read_launch
+from engine.core.lifeline import hold_on_to_parent, leave_stdout_alone
 from engine.core.messages import (
     MAX_FRAME_BYTES,
     CoreFailed,
-    CoreReady,
     FromCore,
     RequestFailed,
     Shutdown,
@@ -43,25 +38,7 @@ log = logging.getLogger("twinfer.core")
 IDLE_POLL_MS = 500  # how late a SIGTERM is noticed when idle
 SPIN_S = 20e-6  # a step shorter than this, without output, did nothing: do not spin on it
 LINGER_MS = 2000  # how long the last messages may take to leave
-ORPHAN_GRACE_S = 2.0
 COPY_BYTES = 1 << 16  # larger frames are handed to ZeroMQ without a copy
-PR_SET_PDEATHSIG = 1
-
-
-class Core(Protocol):
-    """What this process drives: CoreLoop, or a stand-in that answers messages in a test."""
-
-    @property
-    def has_work(self) -> bool: ...
-
-    def handle(self, message: ToCore) -> None: ...
-
-    def step(self) -> list[FromCore]: ...
-
-    def shutdown(self) -> None: ...
-
-
-BuildCore = Callable[[EngineConfig, Path, Progress], tuple[Core, CoreReady]]
 
 
 class CoreProcess:
@@ -128,6 +105,10 @@ class CoreProcess:
     def on_sigterm(self, _signal: int, _frame: object) -> None:
         self._terms += 1
 
+    def stop(self) -> None:
+        """Leave `serve` after the turn that is running. May be called from another thread."""
+        self.stopping = True
+
     def receive(self, core: Core, timeout_ms: int) -> bool:
         """Handle every message that has come, wait at most `timeout_ms` for the first one; whether there was any."""
         if not self._inbox.poll(timeout_ms):
@@ -191,32 +172,14 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def die_with_parent(parent_pid: int) -> None:
-    """Ask Linux for SIGKILL when the parent's thread ends; elsewhere the end of stdin does it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent_pid:
-            os._exit(1)  # it ended before the call
-
-
-def watch_parent(process: CoreProcess) -> None:
-    """End when stdin ends: orderly if the loop is turning, at once if it is not."""
-    while os.read(0, 4096):
-        pass
-    process.stopping = True
-    time.sleep(ORPHAN_GRACE_S)
-    os._exit(1)
-
-
 def run(build: BuildCore) -> int:
     """The life of the core's process; the exit code."""
     launch = read_launch(0)
-    die_with_parent(launch.parent_pid)
-    os.dup2(2, 1)  # stdout belongs to the parent's program
+    leave_stdout_alone()
     process = CoreProcess(launch)
+    hold_on_to_parent(launch.parent_pid, process.stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, process.on_sigterm)
-    threading.Thread(target=watch_parent, args=(process,), daemon=True).start()
     core = process.start(build)
     code = 0 if core is not None else 1
     if core is not None:
@@ -233,16 +196,8 @@ def run(build: BuildCore) -> int:
 
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-
-    def build(config: EngineConfig, model_path: Path, progress: Progress) -> tuple[Core, CoreReady]:
-        from engine.core.start import start_core  # imported here so that a failing import is told to the client
-
-        return start_core(config, model_path, progress)
-
-    return run(build)
+    return run(build_core)
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stderr.flush()
-    os._exit(code)  # device runtimes' exit handlers are not ours to wait for
+    sys.exit(main())

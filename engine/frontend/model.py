@@ -10,10 +10,11 @@ from pathlib import Path
 
 from engine.config import EngineConfig, ModelConfig
 from engine.core.messages import CoreReady
-from engine.errors import ConfigError
+from engine.errors import ConfigError, InvalidValue
 from engine.frontend.chat import ChatTemplate, read_template
 from engine.frontend.hub import resolve_model
 from engine.frontend.input import InputProcessor, ModelFacts
+from engine.frontend.texts import Texts
 from engine.frontend.tokenizer import Tokenizer, load_tokenizer
 from engine.params import SamplingParams
 from engine.specs.checkpoint import read_config
@@ -36,8 +37,16 @@ class OpenedModel:
             setattr(params, name, value)
         return params
 
-    def inputs(self, ready: CoreReady) -> InputProcessor:
-        return InputProcessor(ModelFacts.of(ready, self.eos_ids), self.tokenizer, self.template)
+    def text_side(self, ready: CoreReady) -> tuple[InputProcessor, Texts]:
+        """What checks requests, and what only turns text into ids and back."""
+        inputs = InputProcessor(ModelFacts.of(ready, self.eos_ids), self.tokenizer, self.template)
+        return inputs, Texts(inputs)
+
+    def new_tokenizer(self) -> Tokenizer:
+        """One that is nobody else's. Raises InvalidValue."""
+        if self.tokenizer is None:
+            raise InvalidValue("tokenizer: there is none (skip_tokenizer_init)", param="tokenizer")
+        return load_tokenizer(self.tokenizer.source)
 
 
 def locate_model(config: EngineConfig) -> Path:

@@ -3,7 +3,8 @@ and again.
 
 Run as a process by ProcessClient (`python -m tests.engine.core.echo_core`) or built in process. The first of
 `config.model.served_model_name` picks a misbehaviour: "fail" (StartupError), "bug" (a stray exception), "exit" (dies
-while starting), "die at N" (dies at step N), "break at N" (raises at step N). A prompt with token 13 is refused.
+while starting), "slow" (takes a minute to start), "die at N" (dies at step N), "break at N" (raises at step N). A prompt
+with token 13 is refused.
 """
 
 from __future__ import annotations
@@ -140,6 +141,8 @@ def build(config: EngineConfig, model_path: Path, progress: Progress) -> tuple[E
         raise KeyError("a bug\nwith two lines")
     if kind == "exit":
         os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "slow":
+        time.sleep(60)
     progress("weights", 1, 2)
     progress("weights", 2, 2)
     ready = CoreReady(

@@ -19,7 +19,8 @@ import pytest
 import zmq
 
 from engine.config import EngineConfig, ModelConfig
-from engine.core.client import CoreClient, InProcessClient, ProcessClient
+from engine.core.client import CoreClient, ProcessClient
+from engine.core.in_process import InProcessClient
 from engine.core.messages import AddRequest, FromCore, Ping, Reply, RequestFailed, StartupProgress, StepOutputs
 from engine.errors import EngineDead, StartupError
 from engine.params import SamplingParams

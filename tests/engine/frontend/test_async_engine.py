@@ -59,9 +59,9 @@ def endless(**given: object) -> SamplingParams:
 
 
 def pid_of(engine: AsyncEngine) -> int:
-    assert isinstance(engine._client, ProcessClient)
-    assert engine._client.pid is not None
-    return engine._client.pid
+    assert isinstance(engine._link.client, ProcessClient)
+    assert engine._link.client.pid is not None
+    return engine._link.client.pid
 
 
 async def until_idle(engine: AsyncEngine, timeout_s: float = 5) -> None:
@@ -224,6 +224,19 @@ async def test_failed_start_is_one_line(folders: dict[str, Path]) -> None:
         await engine.shutdown()
 
 
+async def test_a_start_can_be_cancelled(folders: dict[str, Path]) -> None:
+    engine = make(folders["byte_level"], kind="slow")
+    starting = asyncio.create_task(engine.start())
+    await asyncio.sleep(0.7)
+    pid = pid_of(engine)
+    begun = time.monotonic()
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert time.monotonic() - begun < 5
+    assert not psutil.pid_exists(pid)
+
+
 async def test_listeners_hear_of_every_token_and_end(engine: AsyncEngine) -> None:
     async for _ in engine.generate([5, 6, 7], SamplingParams(max_tokens=10, ignore_eos=True), "a"):
         pass
@@ -244,5 +257,5 @@ async def test_texts(engine: AsyncEngine) -> None:
     with pytest.raises(InvalidValue):
         engine.texts.decode([5000])
     long = "The quick brown fox " * 1000
-    request = await engine.prepare(long, SamplingParams())
-    assert request.prompt_token_ids == engine.texts.encode(long)
+    async with await engine.add(long, SamplingParams(), "long") as stream:
+        assert stream.state.request.prompt_token_ids == engine.texts.encode(long)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.core.client import InProcessClient, ProcessClient
+from engine.core.client import ProcessClient
+from engine.core.in_process import InProcessClient
 from engine.core.messages import FromCore
 from engine.errors import ConfigError, EngineDead, InvalidValue, NeverFits, StartupError
 from engine.frontend.llm import LLM
@@ -52,7 +53,7 @@ def test_one_bad_prompt_raises_before_anything_runs(llm: LLM) -> None:
         with pytest.raises(error) as raised:
             llm.generate(["good", bad])  # type: ignore[list-item]
         assert isinstance(raised.value, ValueError)
-    assert not llm._outputs.requests
+    assert not llm._batches.outputs.requests
     with pytest.raises(InvalidValue, match="2 of them for 1"):
         llm.generate("x", [SamplingParams(), SamplingParams()])
     with pytest.raises(InvalidValue, match="priority"):
