@@ -1,0 +1,385 @@
+"""Parity with transformers, through the whole engine: start_core, the real scheduler, core loop and runner.
+
+`run_case(backend, case, sizes)` serves greedy prompts in bad company: they come a few at a time, are prefilled in
+chunks that the token budget cuts where it likes, sit in a step beside strangers that sample with penalties and
+seeds, lose their pages to others and are computed again, and share prefixes, so that part of a prompt is read from the
+cache. The reference is one forward pass of transformers over each prompt and the tokens the engine gave it: when every
+token is the reference's own choice there, greedy decoding of the reference gives the same text (by induction).
+Reference sequences are padded to the served length, which fixes the ropes that look at the length (dynamic, longrope).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+
+from engine.config import CacheConfig, EngineConfig, ModelConfig, ScheduleConfig
+from engine.core.loop import CoreLoop
+from engine.core.messages import AddRequest, FromCore, LogprobColumns, RequestFailed, StepOutputs
+from engine.core.start import start_core
+from engine.executor.base import SameProcess
+from engine.params import SamplingParams
+from engine.runner import StepHandle
+from engine.step import StepPlan
+from tests.checkpoints import ROPES, write_checkpoint
+
+F64 = NDArray[np.float64]
+I32 = NDArray[np.int32]
+
+BOUND = 1e-4  # largest difference of a log-probability
+TIE = 1e-5  # a reference whose best two are closer than this may be contradicted
+TOP = 4  # log-probabilities asked for beside the chosen token's
+VOCAB = 320
+PAGE = 16
+MAX_SEQS = 8
+MAX_TOKENS = 48  # of a step
+MAX_CHUNK = 29  # of a prompt in a step: never a whole number of pages
+STRANGERS = 1 << 20  # first key of the requests that are not compared
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A checkpoint and the length it is served with. pages: of the KV pool, few enough that rows lose theirs."""
+
+    name: str
+    family: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+    max_model_len: int = 208
+    pages: int = 34
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """prompts: how many are compared; again: how many of these are asked a second time."""
+
+    prompts: int
+    outputs: int = 64
+    again: int = 4
+
+
+FULL = Sizes(prompts=64)
+QUICK = Sizes(prompts=16)
+
+CASES = (
+    Case(name="llama", family="llama"),
+    Case(name="mistral", family="mistral"),
+    Case(name="qwen2", family="qwen2"),
+    Case(name="qwen3", family="qwen3"),
+    Case(name="gemma2", family="gemma2"),
+    Case(name="gemma3", family="gemma3"),
+    Case(name="phi3", family="phi3"),
+    *(
+        Case(name=f"llama-{kind}", family="llama", overrides={"rope_parameters": rope})
+        for kind, rope in ROPES.items()
+        if kind != "default"  # the family's own
+    ),
+    Case(
+        name="llama-dynamic-grown",
+        family="llama",
+        overrides={"rope_parameters": {**ROPES["dynamic"], "factor": 4.0}, "max_position_embeddings": 64},
+    ),
+    Case(
+        name="phi3-longrope",
+        family="phi3",
+        overrides={"rope_parameters": ROPES["longrope"], "original_max_position_embeddings": 64},
+    ),
+    Case(
+        name="phi3-longrope-short",
+        family="phi3",
+        overrides={
+            "rope_parameters": {**ROPES["longrope"], "original_max_position_embeddings": 128},
+            "original_max_position_embeddings": 128,
+        },
+        max_model_len=128,
+        pages=24,
+    ),
+)
+
+
+@dataclass(slots=True)
+class Answer:
+    """What the engine gave for one prompt."""
+
+    prompt: I32
+    tokens: list[int] = field(default_factory=list)
+    chosen: list[float] = field(default_factory=list)
+    top_ids: list[list[int]] = field(default_factory=list)
+    top: list[list[float]] = field(default_factory=list)
+    prompt_scores: LogprobColumns | None = None
+    num_cached: int = -1
+    finish: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Report:
+    """Counts of one run. `waived` tokens differ where the reference itself is undecided."""
+
+    name: str
+    tokens: int = 0
+    prompt_tokens: int = 0  # whose log-probabilities were compared
+    waived: int = 0
+    wrong: list[str] = field(default_factory=list)  # contradicted tokens, none are accepted
+    difference: float = 0.0
+    preemptions: int = 0
+    hits: int = 0  # prompt tokens found in the prefix cache
+    split: int = 0  # chunks that were not the last of their prompt
+    mixed: int = 0  # steps with both a chunk and a decoding row
+    start_s: float = 0.0
+    serve_s: float = 0.0
+    reference_s: float = 0.0
+
+    def line(self) -> str:
+        return (
+            f"{self.name}: {self.tokens} tokens, {self.prompt_tokens} prompt tokens, {self.waived} waived, "
+            f"{len(self.wrong)} wrong, |d logprob| <= {self.difference:.1e}, {self.preemptions} preemptions, "
+            f"{self.hits} tokens hit, {self.split} split chunks, {self.mixed} mixed steps; "
+            f"start {self.start_s:.1f} s, serve {self.serve_s:.1f} s, reference {self.reference_s:.1f} s"
+        )
+
+
+class Watched(SameProcess):
+    """The executor, counting the steps that the test wants to have seen."""
+
+    split = 0
+    mixed = 0
+
+    def submit(self, plans: Sequence[StepPlan]) -> StepHandle:
+        for plan in plans:
+            self.split += int(np.count_nonzero(plan.num_logits == 0))
+            self.mixed += bool((plan.num_new > 1).any() and ((plan.num_new == 1) & (plan.num_logits == 1)).any())
+        return super().submit(plans)
+
+
+def run_case(backend: str, case: Case, sizes: Sizes, folder: Path) -> Report:
+    """Serve, compare, count."""
+    report = Report(name=f"{backend} {case.name}")
+    write_checkpoint(case.family, folder, **case.overrides)
+    began = time.monotonic()
+    loop, _ = start_core(engine_config(backend, case), folder)
+    watched = loop.executor = Watched(loop.executor._runner)
+    report.start_s = time.monotonic() - began
+    began = time.monotonic()
+    answers = serve_all(loop, case, sizes)
+    report.serve_s = time.monotonic() - began
+    report.preemptions = loop.scheduler.stats().num_preemptions
+    report.split, report.mixed = watched.split, watched.mixed
+    loop.scheduler.check_integrity()
+    loop.shutdown()
+    began = time.monotonic()
+    compare(report, answers, Reference(folder, case.max_model_len), sizes)
+    report.reference_s = time.monotonic() - began
+    return report
+
+
+def engine_config(backend: str, case: Case) -> EngineConfig:
+    return EngineConfig(
+        model=ModelConfig(dtype="float32", max_model_len=case.max_model_len),
+        cache=CacheConfig(block_size=PAGE, num_gpu_blocks_override=case.pages),
+        schedule=ScheduleConfig(
+            max_num_seqs=MAX_SEQS, max_num_batched_tokens=MAX_TOKENS, long_prefill_token_threshold=MAX_CHUNK
+        ),
+        backend=backend,
+        device="cpu",
+    )
+
+
+# what is asked
+
+
+def make_prompts(case: Case, sizes: Sizes, rng: np.random.Generator) -> list[I32]:
+    """Lengths from 1 to what the model length leaves; every second prompt begins like one before it."""
+    longest = case.max_model_len - sizes.outputs
+    prompts: list[I32] = []
+    for i in range(sizes.prompts):
+        length = longest if i == 0 else int(rng.integers(1, longest + 1))
+        prompt = rng.integers(3, VOCAB, length).astype(np.int32)
+        if i % 2:
+            other = prompts[int(rng.integers(0, i))]
+            shared = min(length, len(other), int(rng.integers(PAGE, longest + 1)))
+            prompt[:shared] = other[:shared]
+        prompts.append(prompt)
+    return prompts
+
+
+def greedy(index: int, sizes: Sizes) -> SamplingParams:
+    """Every fifth asks for prompt log-probabilities too; those read no prefix hits."""
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=sizes.outputs,
+        ignore_eos=True,
+        logprobs=TOP,
+        prompt_logprobs=1 if index % 5 == 4 else None,
+    )
+
+
+def stranger(key: int, case: Case, rng: np.random.Generator) -> AddRequest:
+    """A request that samples in some way; its answer is nobody's business."""
+    params = SamplingParams(
+        temperature=float(rng.choice([0.0, 0.7, 1.3])),
+        top_p=float(rng.choice([0.6, 1.0])),
+        top_k=int(rng.choice([0, 7])),
+        min_p=float(rng.choice([0.0, 0.05])),
+        repetition_penalty=float(rng.choice([1.0, 1.3])),
+        frequency_penalty=float(rng.choice([0.0, 0.4])),
+        presence_penalty=float(rng.choice([0.0, -0.3])),
+        seed=int(rng.integers(0, 1 << 40)),
+        max_tokens=int(rng.integers(1, 40)),
+        logprobs=2 if rng.integers(0, 2) else None,
+        logit_bias={int(rng.integers(3, VOCAB)): 3.0} if rng.integers(0, 2) else None,
+    )
+    prompt = rng.integers(3, VOCAB, int(rng.integers(1, case.max_model_len - 40))).astype(np.int32)
+    return request(key, prompt, params)
+
+
+def request(key: int, prompt: I32, params: SamplingParams) -> AddRequest:
+    return AddRequest(key, prompt.astype("<i4").tobytes(), params, [], [], [])
+
+
+def serve_all(loop: CoreLoop, case: Case, sizes: Sizes) -> dict[int, Answer]:
+    """All prompts with a stranger after every second; then some of them again, now that their pages are known."""
+    rng = np.random.default_rng(11)
+    answers: dict[int, Answer] = {}
+    arrivals: list[AddRequest] = []
+    for key, prompt in enumerate(make_prompts(case, sizes, rng)):
+        answers[key] = Answer(prompt)
+        arrivals.append(request(key, prompt, greedy(key, sizes)))
+        if key % 2:
+            arrivals.append(stranger(STRANGERS + key, case, rng))
+    serve(loop, arrivals, answers, rng)
+    again = []
+    for i in range(sizes.again):
+        # the last to arrive ended last: their pages are still there
+        key, prompt = sizes.prompts + i, answers[sizes.prompts - 1 - i].prompt
+        answers[key] = Answer(prompt)
+        again.append(request(key, prompt, greedy(0, sizes)))
+    serve(loop, again, answers, rng)
+    return answers
+
+
+def serve(loop: CoreLoop, arrivals: Iterable[AddRequest], answers: dict[int, Answer], rng: np.random.Generator) -> None:
+    """Run the loop until everything is answered; up to two requests arrive before a step."""
+    waiting = deque(arrivals)
+    while waiting or loop.has_work:
+        for _ in range(min(len(waiting), int(rng.integers(0, 3)))):
+            loop.handle(waiting.popleft())
+        for message in loop.step():
+            take(message, answers)
+
+
+def take(message: FromCore, answers: dict[int, Answer]) -> None:
+    """Spread a step's columns over the answers."""
+    if isinstance(message, RequestFailed):
+        raise AssertionError(f"request {message.key}: {message.code}: {message.message}")
+    if not isinstance(message, StepOutputs):
+        return
+    tokens = np.frombuffer(message.tokens, "<i4").tolist()
+    columns = None if message.logprobs is None else unpack(message.logprobs)
+    finish, cached = message.finish, np.frombuffer(message.num_cached, "<i4").tolist()
+    at = 0
+    for i, (key, count) in enumerate(zip(np.frombuffer(message.keys, "<i8"), np.frombuffer(message.counts, "<i4"))):
+        begin, at = at, at + int(count)
+        answer = answers.get(int(key))
+        if answer is None:
+            continue
+        answer.tokens += tokens[begin:at]
+        answer.finish = finish[i]
+        answer.num_cached = cached[i]
+        if columns is not None:
+            answer.chosen += columns[0][begin:at].tolist()
+            answer.top_ids += columns[1][begin:at].tolist()
+            answer.top += columns[2][begin:at].tolist()
+    for key, scores in (message.prompt_logprobs or {}).items():
+        answers[key].prompt_scores = scores
+
+
+def unpack(columns: LogprobColumns) -> tuple[NDArray[np.float32], I32, NDArray[np.float32]]:
+    """(chosen [n], top ids [n, k], top [n, k])."""
+    chosen = np.frombuffer(columns.chosen, "<f4")
+    shape = (len(chosen), columns.k)
+    top_ids = np.frombuffer(columns.top_ids, "<i4").astype(np.int32).reshape(shape)
+    return chosen, top_ids, np.frombuffer(columns.top, "<f4").reshape(shape)
+
+
+# what is right
+
+
+class Reference:
+    """transformers, float32, eager attention."""
+
+    def __init__(self, folder: Path, length: int) -> None:
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+        self.length = length
+
+    def logprobs(self, rows: Sequence[I32]) -> F64:
+        """[B, length, V] of sequences padded on the right: attention is causal, so padding changes nothing before."""
+        ids = torch.zeros(len(rows), self.length, dtype=torch.long)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.from_numpy(row)
+        with torch.inference_mode():
+            logits = self.model(ids, use_cache=False).logits
+        result: F64 = logits.double().log_softmax(-1).numpy()
+        return result
+
+
+def compare(report: Report, answers: dict[int, Answer], reference: Reference, sizes: Sizes) -> None:
+    """Every answer against the reference; findings go into the report."""
+    keys = list(answers)
+    for begin in range(0, len(keys), 16):
+        some = [answers[key] for key in keys[begin : begin + 16]]
+        sequences = [np.concatenate((a.prompt, np.array(a.tokens, np.int32))) for a in some]
+        for key, answer, table in zip(keys[begin:], some, reference.logprobs(sequences)):
+            if len(answer.tokens) != sizes.outputs or len(answer.chosen) != sizes.outputs or not answer.finish:
+                report.wrong.append(f"prompt {key}: {len(answer.tokens)} tokens, finish {answer.finish}")
+                continue
+            report.hits += answer.num_cached
+            compare_outputs(report, key, answer, table)
+            if answer.prompt_scores is not None:
+                compare_prompt(report, answer, table)
+
+
+def compare_outputs(report: Report, key: int, answer: Answer, table: F64) -> None:
+    """table: [length, V]; row p scores the token at p + 1."""
+    first = len(answer.prompt) - 1
+    rows = table[first : first + len(answer.tokens)]  # [n, V]
+    at = np.arange(len(rows))
+    tokens = np.array(answer.tokens)
+    lead = rows.max(-1) - rows[at, tokens]  # of the reference's choice over ours
+    for i in np.flatnonzero(lead):
+        if lead[i] < TIE:
+            report.waived += 1
+        else:
+            report.wrong.append(f"prompt {key} of {len(answer.prompt)}, output {i}: behind by {lead[i]:.1e}")
+    report.tokens += len(rows)
+    note(report, np.array(answer.chosen) - rows[at, tokens])
+    note(report, np.array(answer.top)[:, :TOP] - np.take_along_axis(rows, np.array(answer.top_ids)[:, :TOP], axis=1))
+    # what is called the top must be it: compared as values, ties may swap ids
+    note(report, np.array(answer.top)[:, :TOP] - np.sort(rows, axis=1)[:, ::-1][:, :TOP])
+
+
+def compare_prompt(report: Report, answer: Answer, table: F64) -> None:
+    """Prompt tokens 1 .. len - 1."""
+    assert answer.prompt_scores is not None
+    chosen, top_ids, top = unpack(answer.prompt_scores)
+    rows = table[: len(answer.prompt) - 1]
+    if len(chosen) != len(rows):
+        report.wrong.append(f"{len(chosen)} prompt log-probabilities of {len(rows)}")
+        return
+    report.prompt_tokens += len(rows)
+    note(report, chosen - rows[np.arange(len(rows)), answer.prompt[1:]])
+    note(report, top[:, :1] - rows.max(-1, keepdims=True, initial=-np.inf))
+    note(report, top[:, :1] - np.take_along_axis(rows, top_ids[:, :1].astype(np.int64), axis=1))
+
+
+def note(report: Report, differences: F64) -> None:
+    if differences.size:
+        worst = float(np.abs(differences).max())
+        report.difference = max(report.difference, worst if np.isfinite(worst) else np.inf)
