@@ -16,4 +16,5 @@ SMALL = ["--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--drain-timeo
 def server(request: pytest.FixtureRequest) -> Iterator[ServerProcess]:
     process = ServerProcess(["--backend", request.param, *SMALL])
     yield process
+    print(process.log()[-4000:])  # shown when a test failed
     assert process.stop() == 0
