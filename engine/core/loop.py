@@ -10,6 +10,7 @@ and the steps behind it are collected before anything new is submitted.
 from __future__ import annotations
 
 import secrets
+import time
 from collections import deque
 from dataclasses import replace
 
@@ -33,11 +34,21 @@ from engine.errors import InvalidValue, RequestError, StepFailed, check
 from engine.executor.base import Executor
 from engine.request import Request
 from engine.runner import StepHandle
-from engine.scheduler.scheduler import Scheduler
+from engine.scheduler.scheduler import Scheduler, SchedulerGauges
 from engine.scheduler.update import StepColumns
-from engine.step import Logprobs, StepPlan
+from engine.step import I64, Logprobs, StepPlan
 
 SEED_MASK = (1 << 64) - 1
+
+
+NO_OUTPUTS = StepColumns(
+    keys=np.zeros(0, np.int64),
+    counts=np.zeros(0, np.int32),
+    tokens=np.zeros(0, np.int32),
+    finish=np.zeros(0, np.uint8),
+    stop_token=np.zeros(0, np.int32),
+    num_cached=np.zeros(0, np.int32),
+)
 
 
 class CoreLoop:
@@ -50,6 +61,8 @@ class CoreLoop:
         self.depth = depth
         self._open: deque[tuple[StepPlan, StepHandle]] = deque()
         self._outbox: list[FromCore] = []
+        self._started: list[tuple[I64, float]] = []  # keys that got a turn, and when; told with the next outputs
+        self._told_busy = False  # the last figures told of requests
 
     @property
     def has_work(self) -> bool:
@@ -81,6 +94,9 @@ class CoreLoop:
         self.scheduler.commit_keys()
         if self._open and (len(self._open) >= self.depth or not planned):
             self._collect()
+        if self._told_busy and not self.scheduler.has_work:
+            # the last requests ended without an output (aborted): what was told of them is no longer true
+            self._tell(NO_OUTPUTS)
         out, self._outbox = self._outbox, []
         return out
 
@@ -94,6 +110,8 @@ class CoreLoop:
         plan = self.scheduler.schedule()
         if plan is None:
             return False
+        if plan.opened is not None:
+            self._started.append((self.scheduler.table.key[plan.opened.slots], time.monotonic()))
         try:
             handle = self.executor.submit([plan])
         except StepFailed as error:
@@ -118,7 +136,19 @@ class CoreLoop:
         columns = self.scheduler.update(plan, result)
         self._report_failures("")
         if columns is not None:
-            self._outbox.append(encode_columns(columns, self._stats()))
+            self._tell(columns)
+
+    def _tell(self, columns: StepColumns) -> None:
+        """Outputs of a step, with the figures of now."""
+        message = encode_columns(columns, scheduler_stats(self.scheduler.stats()))
+        if self._started:
+            message.started = np.concatenate([keys for keys, _ in self._started]).tobytes()
+            message.started_s = np.repeat(
+                [when for _, when in self._started], [len(keys) for keys, _ in self._started]
+            ).tobytes()
+            self._started.clear()
+        self._told_busy = self.scheduler.has_work
+        self._outbox.append(message)
 
     def _fail(self, plan: StepPlan, error: StepFailed) -> None:
         self.scheduler.fail(plan, error)
@@ -128,17 +158,17 @@ class CoreLoop:
         for failure in self.scheduler.take_failures():
             self._outbox.append(RequestFailed(failure.key, failure.code, failure.message + detail))
 
-    def _stats(self) -> SchedulerStats:
-        gauges = self.scheduler.stats()
-        return SchedulerStats(
-            num_running=gauges.num_running,
-            num_waiting=gauges.num_waiting,
-            kv_usage=gauges.kv_usage,
-            prefix_queries=gauges.prefix_queries,
-            prefix_hits=gauges.prefix_hits,
-            num_preemptions=gauges.num_preemptions,
-            step=gauges.step,
-        )
+
+def scheduler_stats(gauges: SchedulerGauges) -> SchedulerStats:
+    return SchedulerStats(
+        num_running=gauges.num_running,
+        num_waiting=gauges.num_waiting,
+        kv_usage=gauges.kv_usage,
+        prefix_queries=gauges.prefix_queries,
+        prefix_hits=gauges.prefix_hits,
+        num_preemptions=gauges.num_preemptions,
+        step=gauges.step,
+    )
 
 
 def sequences(message: AddRequest) -> list[Request]:

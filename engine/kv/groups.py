@@ -58,6 +58,8 @@ class PageTable:
         self.first_column = np.zeros(num_slots, np.int32)
         self.num_columns = np.zeros(num_slots, np.int32)  # end of the allocated columns
         self.capacity = np.zeros(num_slots, np.int32)  # num_columns * page_tokens
+        self.trim_at = np.zeros(num_slots, np.int32)  # the first position that does not see first_column any more
+        self._moved(np.arange(num_slots, dtype=np.int32))
 
     def first_needed(self, position: int) -> int:
         """The first column that a query at `position` sees: it looks at (position - window, position]."""
@@ -128,6 +130,12 @@ class PageTable:
         self.first_column[slot] = first
         self.num_columns[slot] = end
         self.capacity[slot] = end * self.page_tokens
+        self._moved(slot)
+
+    def _moved(self, slots: int | I32) -> None:
+        """first_column has changed."""
+        if self.window is not None:
+            self.trim_at[slots] = (self.first_column[slots] + 1) * self.page_tokens + self.window - 1
 
     def missing(self, slots: I32, ends: I32) -> tuple[I64, I32] | None:
         """(row indexes, pages each) that tokens up to `ends` need beyond what is allocated; None when nothing."""
@@ -155,25 +163,23 @@ class PageTable:
         """Release the pages that no query at or after positions[i] of slots[i] sees. WINDOW groups only."""
         if self.window is None:
             return
-        keep = np.maximum(positions - (self.window - 1), 0) // self.page_tokens
-        first = self.first_column[slots]
-        rows = np.flatnonzero(keep > first)
+        rows = np.flatnonzero(positions >= self.trim_at[slots])
         if not len(rows):
             return
-        count = int((keep[rows] - first[rows]).max())
-        if count == 1:
-            owners, columns = slots[rows], first[rows]
-            freed = self.pages[owners, columns]
-            self.pages[owners, columns] = NULL_PAGE
-            self.first_column[owners] = keep[rows]
+        owners = slots[rows]
+        keep = (positions[rows] - (self.window - 1)) // self.page_tokens
+        first = self.first_column[owners]
+        if np.count_nonzero(keep - first > 1) == 0:
+            freed = self.pages[owners, first]
+            self.pages[owners, first] = NULL_PAGE
+            self.first_column[owners] = keep
             self.pool.release(freed)
-            return
-        for row in rows.tolist():
-            slot, begin, end = int(slots[row]), int(first[row]), int(keep[row])
-            end = min(end, int(self.num_columns[slot]))
-            self.pool.release(self.pages[slot, begin:end][::-1].copy())
-            self.pages[slot, begin:end] = NULL_PAGE
-            self.first_column[slot] = end
+        else:
+            for slot, begin, end in zip(owners.tolist(), first.tolist(), keep.tolist(), strict=True):
+                self.pool.release(self.pages[slot, begin:end][::-1].copy())
+                self.pages[slot, begin:end] = NULL_PAGE
+                self.first_column[slot] = end
+        self._moved(owners)
 
     def clear_row(self, slot: int) -> None:
         """Release every page of a row, the deepest first, so that no child outlives its parent in the cache."""
@@ -181,6 +187,7 @@ class PageTable:
         self.pool.release(self.pages[slot, first:end][::-1].copy())
         self.pages[slot, first:end] = NULL_PAGE
         self.first_column[slot] = self.num_columns[slot] = self.capacity[slot] = 0
+        self._moved(slot)
 
     def check_integrity(self) -> None:
         """P-6: entries stand exactly in [first_column, num_columns). Raises InternalError."""
@@ -188,4 +195,7 @@ class PageTable:
         held = (columns >= self.first_column[:, None]) & (columns < self.num_columns[:, None])
         check(((self.pages != NULL_PAGE) == held).all(), f"group {self.group}: a table entry outside of its range")
         check((self.capacity == self.num_columns * self.page_tokens).all(), f"group {self.group}: capacity is off")
+        moved = self.trim_at.copy()
+        self._moved(np.arange(len(moved), dtype=np.int32))
+        check((moved == self.trim_at).all(), f"group {self.group}: trim_at is off")
         self.index.check_integrity(self.group)

@@ -57,6 +57,8 @@ class KVManager:
         self.tables = tuple(
             PageTable(group, index, self.pools[group.pool], sizes) for index, group in enumerate(layout.groups)
         )
+        # tables of each pool
+        self._sharing = [[t for t in self.tables if t.pool_id == i] for i in range(len(self.pools))]
         self.max_chunk = max_chunk
         self.epoch = 0
         self._pending = Pending([[] for _ in self.tables])
@@ -155,10 +157,11 @@ class KVManager:
         pool = table.pool
         pages, evicted = pool.take(count)
         if len(evicted):
-            owners = pool.owner[evicted]
-            for other in self.tables:
-                if other.pool_id == table.pool_id:
-                    other.index.drop_pages(evicted[owners == other.group].tolist())
+            for other in self._sharing[table.pool_id]:
+                owned = (
+                    evicted if len(self._sharing[table.pool_id]) == 1 else evicted[pool.owner[evicted] == other.group]
+                )
+                other.index.drop_pages(owned)
         pool.owner[pages] = table.group
         return pages
 
@@ -227,11 +230,7 @@ class KVManager:
     def key_row_units(self, slots: I64, units: I32, keys: Sequence[bytes]) -> None:
         """Key one unit of each row: units[i] of slots[i] has keys[i]."""
         for table in self.tables:
-            pages = table.pages[slots, units // table.page_units].tolist()
-            add = table.index.add
-            for key, page in zip(keys, pages, strict=True):
-                if page:
-                    add(key, page)
+            table.index.add_each(keys, table.pages[slots, units // table.page_units])
 
     def withdraw(self, keyed: Sequence[KeyedUnit]) -> None:
         for unit in keyed:

@@ -8,7 +8,7 @@ column holds the units before u of that column for the same chain, because a col
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from hashlib import sha256
 
 import numpy as np
@@ -18,6 +18,11 @@ from engine.kv.page_pool import PagePool
 from engine.step import I32
 
 TOKEN_BYTES = 4
+KEY_BYTES = 32
+
+
+def split_keys(joined: bytes) -> list[bytes]:
+    return [joined[at : at + KEY_BYTES] for at in range(0, len(joined), KEY_BYTES)]
 
 
 def root_key(domain: bytes, epoch: int) -> bytes:
@@ -41,7 +46,7 @@ class UnitIndex:
 
     def __init__(self, pool: PagePool) -> None:
         self.page_of: dict[bytes, int] = {}
-        self._keys_of: dict[int, list[bytes]] = {}
+        self._keys_of: dict[int, bytes] = {}  # the page's keys, one behind the other
         self._pool = pool
 
     def __len__(self) -> int:
@@ -52,30 +57,43 @@ class UnitIndex:
         if key in self.page_of:
             return False
         self.page_of[key] = page
-        keys = self._keys_of.get(page)
-        if keys is None:
-            self._keys_of[page] = [key]
-        else:
-            keys.append(key)
+        self._keys_of[page] = self._keys_of.get(page, b"") + key
         self._pool.num_keys[page] += 1
         return True
 
-    def drop_pages(self, pages: Iterable[int]) -> None:
+    def add_each(self, keys: Sequence[bytes], pages: I32) -> None:
+        """As `add` for keys[i] and pages[i]; the pages are distinct, the null page is passed by."""
+        page_of, keys_of = self.page_of, self._keys_of
+        added = []
+        for key, page in zip(keys, pages.tolist(), strict=True):
+            if page and key not in page_of:
+                page_of[key] = page
+                keys_of[page] = keys_of.get(page, b"") + key
+                added.append(page)
+        self._pool.num_keys[pages if len(added) == len(pages) else added] += 1
+
+    def drop_pages(self, pages: I32) -> None:
         """Evicted pages lose all of their keys."""
-        for page in pages:
-            for key in self._keys_of.pop(page, ()):
-                del self.page_of[key]
-            self._pool.num_keys[page] = 0
+        page_of, keys_of = self.page_of, self._keys_of
+        for page in pages.tolist():
+            joined = keys_of.pop(page, b"")
+            if len(joined) == KEY_BYTES:
+                del page_of[joined]
+            else:
+                for key in split_keys(joined):
+                    del page_of[key]
+        self._pool.num_keys[pages] = 0
 
     def withdraw(self, key: bytes, page: int) -> None:
         """Forget `key` if it maps to `page`: the step that computed it failed."""
         if self.page_of.get(key) != page:
             return
         del self.page_of[key]
-        keys = self._keys_of[page]
-        keys.remove(key)
-        self._pool.num_keys[page] -= 1
-        if not keys:
+        keys = [other for other in split_keys(self._keys_of[page]) if other != key]
+        self._pool.num_keys[page] = len(keys)
+        if keys:
+            self._keys_of[page] = b"".join(keys)
+        else:
             del self._keys_of[page]
             self._pool.lost_keys(np.array([page], np.int32))
 
@@ -89,8 +107,10 @@ class UnitIndex:
 
     def check_integrity(self, group: int) -> None:
         """The two maps agree, and with the pool's counts. Raises InternalError."""
-        check(sum(map(len, self._keys_of.values())) == len(self.page_of), "index: the two maps differ in size")
-        for page, keys in self._keys_of.items():
+        named = sum(map(len, self._keys_of.values()))
+        check(named == len(self.page_of) * KEY_BYTES, "index: the two maps differ in size")
+        for page, joined in self._keys_of.items():
+            keys = split_keys(joined)
             check(all(self.page_of.get(key) == page for key in keys), f"index: a key of page {page} points elsewhere")
             check(int(self._pool.num_keys[page]) == len(keys), f"index: page {page} has another number of keys")
             check(int(self._pool.owner[page]) == group, f"index: page {page} belongs to another group")

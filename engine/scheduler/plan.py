@@ -54,6 +54,7 @@ class ChosenRows:
     computed: I32  # [S] before this step
     new: I32  # [S]
     num_single: int
+    ends: I32  # [S] computed + new
 
 
 class PlanBuffers:
@@ -76,6 +77,7 @@ class PlanRing:
             PlanBuffers(config.max_num_seqs, config.max_num_batched_tokens) for _ in range(config.max_in_flight + 1)
         ]
         self._next = 0
+        self.ones: I32 = np.ones(config.max_num_seqs, np.int32)
         self.arange: I32 = np.arange(max(config.max_model_len, config.max_num_batched_tokens) + 1, dtype=np.int32)
 
     def next(self) -> PlanBuffers:
@@ -93,13 +95,13 @@ def fill_rows(ring: PlanRing, table: RowTable, rows: ChosenRows) -> tuple[PlanBu
     np.take(table.generation, slots, out=buffers.generation[:count], mode="clip")
     buffers.num_computed[:count] = computed
     buffers.num_new[:count] = new
-    ends = computed + new
+    ends = rows.ends
     samples = ends == table.length[slots]
     buffers.num_logits[:count] = samples
     fill_single(buffers, table, slots[:num_single], computed[:num_single])
     if count > num_single:
         fill_chunks(buffers, table, rows, ring.arange)
-    if samples.all():
+    if np.count_nonzero(samples) == count:
         sampling, logit_rows = slots, buffers.logit_rows[:count]
         if count == num_single:
             logit_rows[:] = ring.arange[:count]

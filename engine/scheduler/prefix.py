@@ -102,7 +102,7 @@ class PrefixKeys:
             keys.append(key)
             at += width
         self._kv.key_row_units(due, units, keys)
-        table.num_keyed[due] += 1
+        table.num_keyed[due] = units + 1
         return len(keys)
 
     def forget(self) -> None:

@@ -34,6 +34,7 @@ from engine.scheduler.plan import (
 )
 from engine.scheduler.prefix import PrefixKeys
 from engine.scheduler.queues import Entry, RunningOrder, WaitingQueue
+from engine.scheduler.steady import SteadyRows, fill_steady, find_steady
 from engine.scheduler.table import RowTable, wants_prompt_scores
 from engine.scheduler.update import Failure, StepColumns, apply_result, collect_prompt_scores, empty_columns
 from engine.specs.cache import CacheLayout
@@ -94,6 +95,7 @@ class Scheduler:
         self._on_device: set[int] = set()  # slots that a plan has opened and none has closed
         self._failures: list[Failure] = []
         self._blocked: tuple[Entry, list[int]] | None = None  # the head that did not fit, and the free pages then
+        self._steady: SteadyRows | None = None
         self._has_windows = any(table.window is not None for table in self.kv.tables)
 
     # -- requests ------------------------------------------------------------------------------------------------------
@@ -132,6 +134,11 @@ class Scheduler:
             known += 1
         return known
 
+    def running_keys(self) -> list[int]:
+        """Keys of the running requests, the first in order first."""
+        keys: list[int] = self.table.key[self.running.slots].tolist()
+        return keys
+
     @property
     def has_work(self) -> bool:
         return bool(self._slot_of or len(self.waiting) or self.in_flight)
@@ -167,16 +174,23 @@ class Scheduler:
         rows, score_budget = self._running_rows()
         opened: list[tuple[int, int]] = []
         if len(self.waiting) and self.table.num_free_slots and preempted == self.counters.preemptions:
-            budget = self.config.max_num_batched_tokens - int(rows.new.sum())
+            budget = self.config.max_num_batched_tokens - int(np.add.reduce(rows.new))
             rows, opened = self._admit(rows, budget, score_budget)
         if not len(rows.slots):
             return None
         return self._plan(rows, opened)
 
     def _plan(self, rows: ChosenRows, opened: list[tuple[int, int]]) -> StepPlan:
-        buffers, logit_rows, sampling = fill_rows(self._ring, self.table, rows)
-        count, num_tokens = len(rows.slots), int(rows.new.sum())
-        sampler, num_logprobs = choose_sampler(self.table, sampling)
+        steady = self._steady
+        if steady is not None:
+            buffers, logit_rows = fill_steady(self._ring, self.table, rows, steady)
+            sampler, num_logprobs = steady.sampler, steady.num_logprobs
+        else:
+            buffers, logit_rows, sampling = fill_rows(self._ring, self.table, rows)
+            choice = sampler, num_logprobs = choose_sampler(self.table, sampling)
+            if len(rows.slots) == len(self.running):
+                self._steady = find_steady(self.table, rows, sampling, choice)
+        count, num_tokens = len(rows.slots), int(np.add.reduce(rows.new))
         copies, held = self.kv.take_copies()
         scores, scored = score_prompts(self.table, rows)
         opening = opened_rows(self.table, [slot for slot, _ in opened], [computed for _, computed in opened])
@@ -218,18 +232,22 @@ class Scheduler:
     def _running_rows(self) -> tuple[ChosenRows, int]:
         """(running rows with their share of the budget and pages for it, prompt positions still to be scored)."""
         table = self.table
+        if self._steady is not None:
+            if self._steady.turns_left > 0:
+                return self._with_pages(self._steady.next(self._ring.ones)), self.config.max_prompt_logprob_tokens
+            self._steady = None
         slots = self.running.slots.copy()
         computed = table.num_computed[slots]
         want = tokens_to_compute(table.length[slots], computed, table.max_total[slots])
         score_budget = self.config.max_prompt_logprob_tokens
-        if len(slots) and int(want.max()) > 1:
+        if len(slots) and int(np.maximum.reduce(want)) > 1:
             scores = table.scores_prompt[slots] if table.num_prompt_scorers else None
             budget = self.config.max_num_batched_tokens
             want = share_budget(want, table.chunk[slots], budget, score_budget, scores)
             if scores is not None:
                 score_budget -= int(want[scores].sum())
         some = want > 0
-        if not some.all():
+        if np.count_nonzero(some) < len(some):
             slots, computed, want = slots[some], computed[some], want[some]
         rows = singles_first(slots, computed, want)
         return self._with_pages(rows), score_budget
@@ -238,7 +256,7 @@ class Scheduler:
         """Allocate what the rows will write; the last in order give way while pages are short."""
         if self._has_windows and len(rows.slots):
             self.kv.trim(rows.slots, rows.computed)
-        while len(rows.slots) and not self.kv.grow(rows.slots, rows.computed + rows.new):
+        while len(rows.slots) and not self.kv.grow(rows.slots, rows.ends):
             victim = self._victim()
             if victim is None:
                 # the first in order is alone: what it lacks is held by steps in flight
@@ -272,6 +290,7 @@ class Scheduler:
 
     def _leave(self, slot: int, *, keep_keys: bool = True) -> Entry:
         """End the tenancy of a slot: key what it computed, release its pages."""
+        self._steady = None
         self.prefix.closing(slot, keep=keep_keys)
         self.kv.close_row(slot)
         entry = self.table.close(slot)
@@ -391,6 +410,7 @@ class Scheduler:
             self.counters.prefix_queries += entry.request.num_prompt
             self.counters.prefix_hits += hit_tokens
         self.counters.recomputed -= hit_tokens if entry.request.num_preemptions else 0
+        self._steady = None
         slot = self.table.open(entry, hit_tokens)
         self.kv.open_row(slot, hit)
         self.prefix.opened(slot, entry, 0 if hit is None else hit.num_units)
@@ -480,9 +500,10 @@ def singles_first(slots: I32, computed: I32, new: I32) -> ChosenRows:
     single = new == 1
     count = int(np.count_nonzero(single))
     if count == len(new):
-        return ChosenRows(slots, computed, new, count)
+        return ChosenRows(slots, computed, new, count, computed + new)
     index = np.concatenate((np.flatnonzero(single), np.flatnonzero(~single)))
-    return ChosenRows(slots[index], computed[index], new[index], count)
+    slots, computed, new = slots[index], computed[index], new[index]
+    return ChosenRows(slots, computed, new, count, computed + new)
 
 
 def drop_rows(rows: ChosenRows, gone: np.ndarray) -> ChosenRows:

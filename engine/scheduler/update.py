@@ -44,6 +44,7 @@ class Applied:
     failed: list[tuple[int, Failure]]
 
 
+LENGTH = np.uint8(FinishReason.LENGTH)
 ROW_ERRORS = {
     RowError.BAD_TOKEN_ID: "a token id outside of the vocabulary reached the device",
     RowError.NON_FINITE: "the model's logits are not finite for this request",
@@ -59,30 +60,39 @@ def empty_columns() -> StepColumns:
 
 def apply_result(table: RowTable, plan: StepPlan, result: StepResult) -> Applied:
     """Write a result into the table. Rows whose tenancy ended since the plan are passed by (S-10)."""
+    count = plan.num_rows
     live = table.generation[plan.slots] == plan.generation
-    if live.all():
-        table.collected[plan.slots] = plan.num_computed + plan.num_new
+    all_live = np.count_nonzero(live) == count
+    ends = plan.num_computed + plan.num_new
+    if all_live:
+        table.collected[plan.slots] = ends
     else:
-        table.collected[plan.slots[live]] = (plan.num_computed + plan.num_new)[live]
-    keep = live & (plan.num_logits > 0)
+        table.collected[plan.slots[live]] = ends[live]
     failed: list[tuple[int, Failure]] = []
-    wrong = broken_rows(table, plan, result) & live
-    if wrong.any():
-        keep &= ~wrong
-        failed = [describe_failure(table, plan, result, row) for row in np.flatnonzero(wrong).tolist()]
-    if keep.all():
-        rows, slots = None, plan.slots
-        tokens = np.ascontiguousarray(result.tokens[:, 0])
+    rows: I64 | None = None
+    tokens = np.ascontiguousarray(result.tokens[:, 0])
+    if all_live and len(plan.logit_rows) == count and sound(table, result, tokens):
+        slots = plan.slots
     else:
-        rows = np.flatnonzero(keep)
-        slots, tokens = plan.slots[rows], result.tokens[rows, 0]
+        wrong = broken_rows(table, plan, result) & live
+        failed = [describe_failure(table, plan, result, row) for row in np.flatnonzero(wrong).tolist()]
+        rows = np.flatnonzero(live & (plan.num_logits > 0) & ~wrong)
+        slots, tokens = plan.slots[rows], tokens[rows]
     if not len(slots):
         return Applied(None, [], failed)
     columns = append_tokens(table, slots, tokens)
     if result.logprobs is not None:
         columns.logprobs = select_logprobs(result.logprobs, rows, result.tokens.shape[1])
-    finished = slots[columns.finish != 0].tolist() if columns.finish.any() else []
+    finished = slots[columns.finish != 0].tolist() if np.count_nonzero(columns.finish) else []
     return Applied(columns, finished, failed)
+
+
+def sound(table: RowTable, result: StepResult, tokens: I32) -> bool:
+    """Whether every row made one token, inside the vocabulary and without an error."""
+    if np.count_nonzero(result.error) or np.count_nonzero(result.num_sampled != 1):
+        return False
+    # as unsigned, a negative id is large
+    return int(np.maximum.reduce(tokens.view(np.uint32))) < table.config.vocab_size
 
 
 def broken_rows(table: RowTable, plan: StepPlan, result: StepResult) -> np.ndarray:
@@ -110,11 +120,11 @@ def append_tokens(table: RowTable, slots: I32, tokens: I32) -> StepColumns:
     at += 1
     table.num_tokens[slots] = at
     count = len(slots)
-    finish = np.zeros(count, np.uint8)
-    finish[at >= table.max_total[slots]] = FinishReason.LENGTH
+    finish = (at >= table.max_total[slots]).view(np.uint8)
+    finish *= LENGTH
     stop_token = np.full(count, -1, np.int32)
     # an id at which some running row stops: few tokens get here, and those are looked at one by one
-    for i in np.flatnonzero(table.stop_refs[tokens]).tolist():
+    for i in np.flatnonzero(table.stop_refs.take(tokens)).tolist():
         slot, token = int(slots[i]), int(tokens[i])
         if token in table.stop_sets[slot] and at[i] >= table.min_total[slot]:
             finish[i] = FinishReason.STOP

@@ -180,6 +180,8 @@ class CoreMachine(RuleBasedStateMachine):
         kv, unit = self.core.scheduler.kv, self.sizes.unit_tokens
         if not any(len(table.index) for table in kv.tables):
             return
+        if any(flight.plan.step_id in self.failures for flight in self.core.scheduler.in_flight):
+            return  # keys of a step that has failed are withdrawn when its collect says so
         known: dict[bytes, tuple[int, np.ndarray]] = {}
         for request in self.requests.values():
             tokens = self.tokens_of(request)
@@ -207,7 +209,8 @@ class CoreMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "asked"):
             return
-        self.failures.clear()
+        for step_id in [step_id for step_id in self.failures if step_id > self.core.scheduler.counters.steps]:
+            del self.failures[step_id]
         bound = 50 * (sum(256 for _ in self.asked) + len(self.asked)) + 50
         for _ in range(bound):
             if not self.core.loop.has_work:
