@@ -82,6 +82,8 @@ class StepOutputs(msgspec.Struct, tag="step", array_like=True):
     logprobs: LogprobColumns | None = None  # n = sum(counts), present when any row wants logprobs
     prompt_logprobs: dict[int, LogprobColumns] | None = None  # key -> columns of prompt tokens 1 .. prompt_len - 1
     stats: SchedulerStats | None = None
+    started: bytes = b""  # i64 keys that got a turn (again, if they were preempted) since the last message
+    started_s: bytes = b""  # f64, one each: when, on the host's monotonic clock, which all processes share
 
 
 class RequestFailed(msgspec.Struct, tag="failed", array_like=True):

@@ -217,6 +217,8 @@ class OutputProcessor:
 
     def _step(self, message: StepOutputs, done: Processed) -> None:
         done.stats = message.stats
+        if message.started:
+            self._started(message)
         if message.prompt_logprobs is not None:
             self._prompt_logprobs(message.prompt_logprobs)
         columns = None if message.logprobs is None else Columns(message.logprobs)
@@ -242,6 +244,13 @@ class OutputProcessor:
             if columns is not None and sequence.logprobs is not None:
                 self._add_logprobs(state, sequence, columns, tokens, begin, at)
             self._push(state, sequence, tokens[begin:at], FinishReason(finish), stop_token, done)
+
+    def _started(self, message: StepOutputs) -> None:
+        keys = np.frombuffer(message.started, "<i8").tolist()
+        for key, when in zip(keys, np.frombuffer(message.started_s, "<f8").tolist(), strict=True):
+            entry = self._by_key.get(key)
+            if entry is not None and entry[0].times.first_scheduled_time is None:
+                entry[0].times.first_scheduled_time = when
 
     def _push(
         self,

@@ -4,8 +4,7 @@ and again.
 Run as a process by ProcessClient (`python -m tests.engine.core.echo_core`) or built in process. The first of
 `config.model.served_model_name` picks a misbehaviour: "fail" (StartupError), "bug" (a stray exception), "exit" (dies
 while starting), "slow" (takes a minute to start), "die at N" (dies at step N), "break at N" (raises at step N). A
-prompt
-with token 13 is refused.
+prompt with token 13 is refused.
 """
 
 from __future__ import annotations
