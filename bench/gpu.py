@@ -124,7 +124,8 @@ def main() -> int:
             step = float(np.median(steps))
             floor = (weight_bytes(config) + batch * (PROMPT + LONG / 2) * kv_bytes) / bandwidth
             print(
-                f"decode batch {batch:4d}: {step * 1e3:8.2f} ms a step ({min(steps) * 1e3:.2f}-{max(steps) * 1e3:.2f}), "
+                f"decode batch {batch:4d}: {step * 1e3:8.2f} ms a step "
+                f"({min(steps) * 1e3:.2f}-{max(steps) * 1e3:.2f}), "
                 f"{batch / step:8.0f} tok/s, {step / floor:5.2f} x floor ({floor * 1e3:.2f} ms)",
                 flush=True,
             )
