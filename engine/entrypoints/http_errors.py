@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import orjson
 
-from engine.errors import EngineDead, RequestError
+from engine.errors import EngineDead, Overloaded, RequestError
 
 BAD_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
@@ -40,7 +40,13 @@ class Draining(RequestError):
     code = "shutting_down"
 
 
-STATUS: dict[type[RequestError], int] = {ModelNotFound: 404, TooLarge: 413, TooSlow: 408, Draining: 503}
+STATUS: dict[type[RequestError], int] = {
+    ModelNotFound: 404,
+    TooLarge: 413,
+    TooSlow: 408,
+    Draining: 503,
+    Overloaded: 503,
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from engine.core.messages import FromCore, LogprobColumns, RequestFailed, SchedulerStats, StepOutputs
-from engine.errors import InvalidValue, NeverFits, RequestError, Unsupported
+from engine.errors import InvalidValue, NeverFits, Overloaded, RequestError, Unsupported
 from engine.frontend.detokenizer import Decoder, Detokenizer, PieceDecoder, WindowDecoder
 from engine.frontend.input import PreparedRequest
 from engine.frontend.results import CompletionOutput, Logprob, LogprobsAt, RequestOutput, RequestStateStats
@@ -24,7 +24,9 @@ from engine.request import FinishReason
 
 BYTES_PER_TOKEN = 8
 BYTES_PER_LOGPROB = 96
-ERROR_TYPES: dict[str, type[RequestError]] = {cls.code: cls for cls in (InvalidValue, NeverFits, Unsupported)}
+ERROR_TYPES: dict[str, type[RequestError]] = {
+    cls.code: cls for cls in (InvalidValue, NeverFits, Unsupported, Overloaded)
+}
 
 
 @dataclass(slots=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engine.core.messages import LogprobColumns, RequestFailed, StepOutputs
-from engine.errors import InvalidValue, NeverFits, RequestError
+from engine.errors import InvalidValue, NeverFits, Overloaded, RequestError
 from engine.frontend.input import InputProcessor, ModelFacts
 from engine.frontend.output import OutputProcessor, Processed, RequestState
 from engine.frontend.results import Logprob, RequestOutput
@@ -195,6 +195,11 @@ def test_errors_reach_the_reader_and_stop_the_siblings(bench: Bench) -> None:
     assert done.iteration.finished[0].reason == "error"
     with pytest.raises(NeverFits, match="too long"):
         state.take()
+    for key, code, kind in ((20, "overloaded", Overloaded), (21, "invalid_value", InvalidValue)):
+        refused = bench.add(SamplingParams(), key=key)
+        bench.outputs.process(RequestFailed(key, code, "no"))
+        with pytest.raises(kind):
+            refused.take()
     other = bench.add(SamplingParams(), key=8)
     bench.outputs.process(RequestFailed(8, "cache_lost", "try again"))
     with pytest.raises(RequestError) as raised:
