@@ -34,7 +34,8 @@ from engine.errors import InvalidValue, RequestError, StepFailed, check
 from engine.executor.base import Executor
 from engine.request import Request
 from engine.runner import StepHandle
-from engine.scheduler.scheduler import Scheduler, SchedulerGauges
+from engine.scheduler.scheduler import Scheduler
+from engine.scheduler.stats import SchedulerGauges
 from engine.scheduler.update import StepColumns
 from engine.step import I64, Logprobs, StepPlan
 

@@ -31,13 +31,8 @@ class Hit:
     groups: tuple[GroupHit, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class KeyedUnit:
-    """What a failed step has to withdraw."""
-
-    group: int
-    key: bytes
-    page: int
+KeyedUnit = tuple[int, bytes, int]
+"""(group, key, page): what a failed step has to withdraw."""
 
 
 @dataclass(slots=True)
@@ -221,10 +216,8 @@ class KVManager:
             m = table.page_units
             base = first // m
             columns = table.pages[slot, base : -(-(first + len(keys)) // m)].tolist()
-            for unit, key in enumerate(keys, first):
-                page = columns[unit // m - base]
-                if page and table.index.add(key, page):
-                    keyed.append(KeyedUnit(table.group, key, page))
+            pages = columns if m == 1 else [columns[unit // m - base] for unit in range(first, first + len(keys))]
+            keyed += [(table.group, key, page) for key, page in table.index.add_row(keys, pages)]
         return keyed
 
     def key_row_units(self, slots: I64, units: I32, keys: Sequence[bytes]) -> None:
@@ -233,8 +226,8 @@ class KVManager:
             table.index.add_each(keys, table.pages[slots, units // table.page_units])
 
     def withdraw(self, keyed: Sequence[KeyedUnit]) -> None:
-        for unit in keyed:
-            self.tables[unit.group].index.withdraw(unit.key, unit.page)
+        for group, key, page in keyed:
+            self.tables[group].index.withdraw(key, page)
 
     def forget_keys(self) -> None:
         """Every later lookup misses, also of chains that running rows still extend (the epoch is in the root key)."""

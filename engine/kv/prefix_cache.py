@@ -52,17 +52,24 @@ class UnitIndex:
     def __len__(self) -> int:
         return len(self.page_of)
 
-    def add(self, key: bytes, page: int) -> bool:
-        """Map `key` to `page`, which somebody holds. False if the key is known already: the first page stays."""
-        if key in self.page_of:
-            return False
-        self.page_of[key] = page
-        self._keys_of[page] = self._keys_of.get(page, b"") + key
-        self._pool.num_keys[page] += 1
-        return True
+    def add_row(self, keys: Sequence[bytes], pages: Sequence[int]) -> list[tuple[bytes, int]]:
+        """Map keys[i] to pages[i], which somebody holds. -> the pairs that are new.
+
+        A key that is known keeps its first page; the null page (behind a window) is passed by.
+        """
+        page_of, keys_of = self.page_of, self._keys_of
+        added = []
+        for key, page in zip(keys, pages, strict=True):
+            if page and key not in page_of:
+                page_of[key] = page
+                keys_of[page] = keys_of.get(page, b"") + key
+                added.append((key, page))
+        if added:
+            np.add.at(self._pool.num_keys, [page for _, page in added], 1)
+        return added
 
     def add_each(self, keys: Sequence[bytes], pages: I32) -> None:
-        """As `add` for keys[i] and pages[i]; the pages are distinct, the null page is passed by."""
+        """As `add_row`, for one unit of each of several rows: the pages are distinct but for the null page."""
         page_of, keys_of = self.page_of, self._keys_of
         added = []
         for key, page in zip(keys, pages.tolist(), strict=True):

@@ -34,6 +34,7 @@ from engine.scheduler.plan import (
 )
 from engine.scheduler.prefix import PrefixKeys
 from engine.scheduler.queues import Entry, RunningOrder, WaitingQueue
+from engine.scheduler.stats import Counters, SchedulerGauges
 from engine.scheduler.steady import SteadyRows, fill_steady, find_steady
 from engine.scheduler.table import RowTable, wants_prompt_scores
 from engine.scheduler.update import Failure, StepColumns, apply_result, collect_prompt_scores, empty_columns
@@ -41,30 +42,6 @@ from engine.specs.cache import CacheLayout
 from engine.step import I32, StepPlan, StepResult
 
 MAX_UNEXPLAINED_FAILURES = 1  # failed steps without a named culprit that a request survives
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerGauges:
-    """Gauges, and counters since the start."""
-
-    num_running: int
-    num_waiting: int
-    kv_usage: float  # [0, 1]
-    prefix_queries: int  # tokens looked up
-    prefix_hits: int  # tokens found
-    num_preemptions: int
-    step: int
-    num_recomputed: int  # tokens computed again after a preemption
-
-
-@dataclass(slots=True)
-class Counters:
-    arrivals: int = 0
-    steps: int = 0
-    prefix_queries: int = 0
-    prefix_hits: int = 0
-    preemptions: int = 0
-    recomputed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
