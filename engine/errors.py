@@ -6,6 +6,7 @@
     + NeverFits                prompt + output cannot fit the model length or the page pool
     + Unsupported              known by name, not supported here (names the remedy)
     + Overloaded               the waiting queue is full: try again later
+    + NotFinished              the engine's fault (a device error, a failed step): may be tried again
   x StartupError               the process cannot start: one line with the cause and the remedy
     + CheckpointError          names file and tensor
     + ConfigError              names the flag or the config field
@@ -55,6 +56,12 @@ class Overloaded(RequestError):
     """The waiting queue is full."""
 
     code = "overloaded"
+
+
+class NotFinished(RequestError):
+    """The engine could not finish the request through no fault of its own; it may be tried again."""
+
+    code = "engine_error"
 
 
 class StartupError(TwinferError):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import orjson
 
-from engine.errors import EngineDead, Overloaded, RequestError
+from engine.errors import EngineDead, NotFinished, Overloaded, RequestError
 
 BAD_REQUEST = "invalid_request_error"
 SERVER_ERROR = "server_error"
@@ -46,6 +46,7 @@ STATUS: dict[type[RequestError], int] = {
     TooSlow: 408,
     Draining: 503,
     Overloaded: 503,
+    NotFinished: 500,
 }
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from engine.core.messages import FromCore, LogprobColumns, RequestFailed, SchedulerStats, StepOutputs
-from engine.errors import InvalidValue, NeverFits, Overloaded, RequestError, Unsupported
+from engine.errors import InvalidValue, NeverFits, NotFinished, Overloaded, RequestError, Unsupported
 from engine.frontend.detokenizer import Decoder, Detokenizer, PieceDecoder, WindowDecoder
 from engine.frontend.input import PreparedRequest
 from engine.frontend.results import CompletionOutput, Logprob, LogprobsAt, RequestOutput, RequestStateStats
@@ -209,7 +209,7 @@ class OutputProcessor:
         if entry is None:
             return
         state = entry[0]
-        error = ERROR_TYPES.get(message.code, RequestError)(message.message)
+        error = ERROR_TYPES.get(message.code, NotFinished)(message.message)
         error.code = message.code
         finished = self.fail(state, error)
         if finished is not None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engine.core.messages import LogprobColumns, RequestFailed, StepOutputs
-from engine.errors import InvalidValue, NeverFits, Overloaded, RequestError
+from engine.errors import InvalidValue, NeverFits, NotFinished, Overloaded
 from engine.frontend.input import InputProcessor, ModelFacts
 from engine.frontend.output import OutputProcessor, Processed, RequestState
 from engine.frontend.results import Logprob, RequestOutput
@@ -202,7 +202,7 @@ def test_errors_reach_the_reader_and_stop_the_siblings(bench: Bench) -> None:
             refused.take()
     other = bench.add(SamplingParams(), key=8)
     bench.outputs.process(RequestFailed(8, "cache_lost", "try again"))
-    with pytest.raises(RequestError) as raised:
+    with pytest.raises(NotFinished) as raised:
         other.take()
     assert raised.value.code == "cache_lost"
     assert InvalidValue.code == "invalid_value", "codes of classes are not touched"
