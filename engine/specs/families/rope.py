@@ -41,17 +41,23 @@ def parse_rope(
     top_theta = config.optional_number("rope_theta", 1.0) if layer_type == "full_attention" else None
     if theta is not None and top_theta is not None and theta != top_theta:
         config.refuse("rope_theta", f"the same base as {params.where}: rope_theta = {theta:g}")
+    rotary = rotary_size(config, params, head_size, partial)
+    return rope_spec(config, params, rotary, theta or top_theta or default_theta, default_original)
+
+
+def rotary_size(config: Fields, params: Fields, head_size: int, partial: bool) -> int:
+    """Leading dims of a head that turn: the head size, times partial_rotary_factor where the family has one."""
     share = params.optional_number("partial_rotary_factor")
     share = config.optional_number("partial_rotary_factor") if share is None else share
     share = 1.0 if share is None else share
     if share > 1 or (share != 1 and not partial):
         holder = params if params.has("partial_rotary_factor") else config
         holder.refuse("partial_rotary_factor", "a number in (0, 1]" if partial else "1.0 for this model_type")
-    rotary_size = int(head_size * share)
-    if rotary_size < 2 or rotary_size % 2:
+    size = int(head_size * share)
+    if size < 2 or size % 2:
         holder = params if params.has("partial_rotary_factor") else config
-        holder.refuse("partial_rotary_factor" if share != 1 else "head_dim", f"an even rotary size, got {rotary_size}")
-    return rope_spec(config, params, rotary_size, theta or top_theta or default_theta, default_original)
+        holder.refuse("partial_rotary_factor" if share != 1 else "head_dim", f"an even rotary size, got {size}")
+    return size
 
 
 def rope_params(config: Fields, layer_type: str) -> Fields:
