@@ -42,7 +42,7 @@ def usage() -> str:
             "commands:",
             *lines,
             "",
-            "`twinfer COMMAND --help` lists the options of a command; `twinfer --version` the version.",
+            "`twinfer COMMAND --help` lists the options of a command, `--help=WORD` those about a word; --version.",
         ]
     )
 
@@ -73,7 +73,11 @@ def dispatch(argv: Sequence[str]) -> int:
     parser = Parser(prog=f"twinfer {name}", description=text)
     module.add_arguments(parser)
     run: Callable[..., int | None] = module.run
-    return run(parser.parse_strictly(rest)) or 0
+    try:
+        args = parser.parse_strictly(rest)
+    except SystemExit:  # argparse's way out of --help
+        return 0
+    return run(args) or 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -55,6 +55,8 @@ HELP: dict[str, str] = {
     "response_role": "Role of chat answers.",
     "drain_delay": "Seconds after SIGTERM in which new requests are still taken.",
     "drain_timeout": "Seconds that open requests get to end after SIGTERM.",
+    "max_open_requests": "Most generations open at once; more are answered 503 with Retry-After.",
+    "heartbeat_timeout": "Seconds that the engine may be silent before /readyz says 503; 0 = do not ask it.",
     "disable_docs": "No /docs and /openapi.json.",
 }
 

@@ -139,8 +139,50 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
+    def format_usage(self) -> str:
+        return self._short_usage() + "\n"
+
+    def format_help(self) -> str:
+        self.usage = self._short_usage().removeprefix("usage: ")  # not a wall of every option
+        return super().format_help()
+
+    def _short_usage(self) -> str:
+        words = [
+            f"[{action.metavar}]" if action.nargs == "?" else str(action.metavar)
+            for action in self._positionals._group_actions
+        ]
+        return " ".join(["usage:", self.prog, *words, "[options]"])
+
+    def help_about(self, word: str) -> str:
+        """The options of a group called `word`, or those that have it in their names. Raises UsageError."""
+        word = word.removeprefix("--").replace("_", "-").lower()
+        formatter = self._get_formatter()
+        found = False
+        for group in self._action_groups:
+            actions = [
+                action
+                for action in group._group_actions
+                if group.title == word or any(word in option for option in action.option_strings)
+            ]
+            if actions:
+                found = True
+                formatter.start_section(group.title)
+                formatter.add_arguments(actions)
+                formatter.end_section()
+        if not found:
+            groups = [str(group.title) for group in self._action_groups]
+            known = [*groups, *(option.lstrip("-") for option in self._option_string_actions)]
+            raise UsageError(
+                f"--help={word}: no such option or group{nearest(word, known)}; groups: {', '.join(groups)}"
+            )
+        return formatter.format_help()
+
     def parse_strictly(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse everything. `--some_flag` and `--flag=true|false` are accepted as vLLM accepts them."""
+        for word in argv:
+            if word.startswith("--help="):
+                print(self.help_about(word.partition("=")[2]), end="")
+                raise SystemExit(0)
         args, rest = self.parse_known_args([self._normal(word) for word in argv])
         for word in rest:
             if word.startswith("-"):

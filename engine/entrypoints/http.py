@@ -71,7 +71,7 @@ def operations_router(serving: Serving) -> APIRouter:
     async def readyz() -> Response:
         if serving.is_ready:
             return json_response({"status": "ready"})
-        return json_response({"status": "draining" if serving.draining else "engine ended"}, 503)
+        return json_response({"status": serving.state}, 503)
 
     for path in ("/readyz", "/health", "/ping"):
         router.add_api_route(path, readyz, methods=["GET"])

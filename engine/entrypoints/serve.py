@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import resource
 import signal
 import sys
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ def serve(config: EngineConfig, settings: ServerSettings) -> int:
 
 
 async def run_server(config: EngineConfig, settings: ServerSettings) -> int:
+    raise_file_limit()
     sock = bind(settings)
     engine = AsyncEngine(config)
     try:
@@ -72,13 +74,23 @@ async def run_server(config: EngineConfig, settings: ServerSettings) -> int:
         server = HttpServer(app, settings, on_give_up=engine.shutdown)
         sock.listen(2048)
         print(banner(ready, names[0], url_of(settings, sock), settings), flush=True)
+        heart = asyncio.ensure_future(app.state.serving.watch_engine()) if settings.heartbeat_timeout else None
         await server.serve(sockets=[sock])
+        if heart is not None:
+            heart.cancel()
         return 0
     finally:
         await engine.shutdown()
         sock.close()
         if settings.uds is not None:
             Path(settings.uds).unlink(missing_ok=True)
+
+
+def raise_file_limit() -> None:
+    """As many open connections as the system allows, not as many as the shell set."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def start_engine(engine: AsyncEngine, config: EngineConfig) -> CoreReady:

@@ -36,6 +36,10 @@ def check_settings(settings: ServerSettings) -> None:
         raise UsageError("--ssl-keyfile and --ssl-certfile: give both or neither")
     if settings.drain_delay < 0 or settings.drain_timeout < 0:
         raise UsageError("--drain-delay and --drain-timeout: expected seconds >= 0")
+    if settings.max_open_requests < 1:
+        raise UsageError(f"--max-open-requests: {settings.max_open_requests} is not accepted; expected >= 1")
+    if settings.heartbeat_timeout < 0:
+        raise UsageError(f"--heartbeat-timeout: {settings.heartbeat_timeout:g} is not accepted; expected >= 0")
     if any(not key for key in settings.api_key):
         raise UsageError("--api-key: an empty key is not accepted")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +18,7 @@ from engine.entrypoints.engine_client import ServingEngine
 from engine.entrypoints.http_errors import Draining, ModelNotFound, TooLarge, TooSlow, describe
 from engine.entrypoints.settings import ServerSettings
 from engine.entrypoints.strict_json import parse_object
-from engine.errors import EngineDead
+from engine.errors import EngineDead, Overloaded
 from engine.metrics.export import HttpMetrics, MetricsPage
 
 log = logging.getLogger("twinfer.http")
@@ -35,11 +37,21 @@ class Serving:
     draining: bool = False  # readyz says 503
     closed: bool = False  # new generations are answered 503
     active: int = 0
+    silent: bool = False  # the engine did not answer its last heartbeat in time
     started: float = field(default=0.0)
 
     @property
     def is_ready(self) -> bool:
-        return not self.draining and self.engine.is_alive
+        return self.state == "ready"
+
+    @property
+    def state(self) -> str:
+        """What /readyz says."""
+        if not self.engine.is_alive:
+            return "engine ended"
+        if self.draining:
+            return "draining"
+        return "engine does not answer" if self.silent else "ready"
 
     def check_model(self, name: str | None) -> str:
         """The name to answer with. Raises ModelNotFound naming the served models."""
@@ -56,6 +68,32 @@ class Serving:
             raise Draining("the server is shutting down and takes no new requests")
         if not self.engine.is_alive:
             raise EngineDead("the engine has ended")
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Counts a generation as active. Raises Overloaded when there are too many."""
+        if self.active >= self.settings.max_open_requests:
+            raise Overloaded(f"{self.active} requests are open, as many as this server takes; try again later")
+        self.active += 1
+        try:
+            yield
+        finally:
+            self.active -= 1
+
+    async def watch_engine(self) -> None:
+        """Ask the engine for a sign of life again and again, until it ends. A stopped core makes readyz say so."""
+        timeout = self.settings.heartbeat_timeout
+        while True:
+            answer = asyncio.ensure_future(self.engine.ping())
+            done, _ = await asyncio.wait({answer}, timeout=timeout)
+            self.silent = not done
+            if not done:
+                log.error("the engine did not answer for %g s", timeout)
+                await asyncio.wait({answer})
+            if answer.exception() is not None:  # EngineDead: is_alive tells it from now on
+                return
+            self.silent = False
+            await asyncio.sleep(timeout / 4)
 
     async def read_json(self, request: Request) -> dict[str, Any]:
         """The body as an object, within the limits of size, time and shape. Raises RequestError."""

@@ -22,6 +22,8 @@ class ServerSettings:
     response_role: str = "assistant"
     drain_delay: float = 0.0  # seconds after SIGTERM in which new requests are still taken
     drain_timeout: float = 60.0  # seconds for open requests to end
+    max_open_requests: int = 4096  # more are answered 503
+    heartbeat_timeout: float = 10.0  # seconds without an answer of the engine until readyz says 503; 0 = do not ask
     max_body_bytes: int = 32 << 20
     body_timeout: float = 120.0
     disable_docs: bool = False

@@ -155,8 +155,13 @@ def test_a_second_signal_ends_at_once() -> None:
     eventually(lambda: not core.is_running() or core.status() == "zombie")
 
 
-def test_a_dead_core_is_told_to_everyone() -> None:
-    server = ServerProcess(["--backend", "fake"])
+def test_a_stopped_and_a_dead_core_are_told() -> None:
+    server = ServerProcess(["--backend", "fake", "--heartbeat-timeout", "0.5"])
+    server.core().suspend()
+    eventually(lambda: server.get("/readyz").status_code == 503)
+    assert server.get("/livez").status_code == 200
+    server.core().resume()
+    eventually(lambda: server.get("/readyz").status_code == 200)
     readers = [Reader(server, 2000) for _ in range(3)]
     server.core().kill()
     for reader in readers:

@@ -168,11 +168,11 @@ async def encode_prompts(serving: Serving, prompts: list[Prompt], special: bool)
 
 async def counted(serving: Serving, work: Coroutine[Any, Any, Response]) -> Response:
     """`work`, counted as active while it runs."""
-    serving.active += 1
     try:
-        return await work
+        with serving.generating():
+            return await work
     finally:
-        serving.active -= 1
+        work.close()  # not begun when there were too many
 
 
 async def finals(serving: Serving, request: GenerationRequest, prompts: list[list[int]]) -> list[Output]:
@@ -195,22 +195,21 @@ def stream(
 
     async def events() -> AsyncGenerator[bytes, None]:
         sent = False
-        serving.active += 1
-        outputs = generate(serving.engine, request, prompts)
-        try:
-            async for prompt_idx, output in outputs:
-                event = chunks.events(prompt_idx, output)
-                if event:
-                    sent = True
-                    yield event
-            yield chunks.end()
-        except Exception as error:
-            if not sent:
-                raise chat_name(error) if isinstance(request, ChatRequest) else error from None
-            yield b"data: " + describe(error, request_id).body() + b"\n\n" + DONE
-        finally:
-            serving.active -= 1
-            await outputs.aclose()
+        with serving.generating():
+            outputs = generate(serving.engine, request, prompts)
+            try:
+                async for prompt_idx, output in outputs:
+                    event = chunks.events(prompt_idx, output)
+                    if event:
+                        sent = True
+                        yield event
+                yield chunks.end()
+            except Exception as error:
+                if not sent:
+                    raise chat_name(error) if isinstance(request, ChatRequest) else error from None
+                yield b"data: " + describe(error, request_id).body() + b"\n\n" + DONE
+            finally:
+                await outputs.aclose()
 
     return EventStream(events(), lambda error: serving.error_response(error, request_id), {})
 

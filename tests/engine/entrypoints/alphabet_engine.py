@@ -80,6 +80,7 @@ class AlphabetEngine:
     running: set[str] = field(default_factory=set)
     aborted: list[str] = field(default_factory=list)
     steps: int = 0
+    frozen: bool = False  # does not answer pings
 
     async def generate(
         self, prompt_ids: list[int], params: SamplingParams, request_id: str, priority: int, cache_salt: str | None
@@ -122,6 +123,13 @@ class AlphabetEngine:
         if s.logprobs is not None:
             s.logprobs.append(position(token))
         s.finish_reason = "length" if last else None
+
+    async def ping(self) -> bool:
+        while self.frozen:
+            await asyncio.sleep(0.01)
+        if not self.is_alive:
+            raise EngineDead("gone")
+        return True
 
     async def abort(self, request_id: str) -> None:
         if request_id in self.running:

@@ -177,3 +177,15 @@ def test_the_manual_names_every_option_and_command() -> None:
         assert HELP[flag.name].replace("|", "\\|") in manual, flag.option
     for command in COMMANDS:
         assert f"twinfer {command}" in manual
+
+
+def test_help_about_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--help=cache"]) == 0
+    out = capsys.readouterr().out
+    assert "--block-size" in out and "--no-enable-prefix-caching" in out and "--port" not in out
+    assert main(["serve", "--help=max-model-len"]) == 0
+    assert "--max-model-len N" in capsys.readouterr().out
+    assert main(["serve", "--help=max-modl-len"]) == 2
+    assert "did you mean 'max-model-len'" in capsys.readouterr().err
+    assert main(["serve", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: twinfer serve [MODEL] [options]\n")

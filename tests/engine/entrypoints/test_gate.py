@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from dataclasses import replace
 
@@ -115,3 +116,34 @@ async def test_version_load_metrics(app: App) -> None:
     await app.client.get("/v1/models/letters")
     text = (await app.client.get("/metrics")).text
     assert 'http_requests_total{handler="/v1/models/{model_id:path}",method="GET",status="2xx"} 1.0' in text
+
+
+async def test_a_silent_engine_is_not_ready() -> None:
+    app = App(AlphabetEngine(), replace(SETTINGS, heartbeat_timeout=0.05))
+    heart = asyncio.ensure_future(app.app.state.serving.watch_engine())
+
+    async def becomes(status: int) -> None:
+        async with asyncio.timeout(5):
+            while (await app.client.get("/readyz")).status_code != status:
+                await asyncio.sleep(0.01)
+
+    await becomes(200)
+    app.engine.frozen = True
+    await becomes(503)
+    assert (await app.client.get("/readyz")).json() == {"status": "engine does not answer"}
+    app.engine.frozen = False
+    await becomes(200)
+    app.engine.is_alive = False
+    await asyncio.wait_for(heart, 5)
+    await becomes(503)
+
+
+async def test_more_requests_than_allowed_are_refused() -> None:
+    app = App(AlphabetEngine(step_s=0.01), replace(SETTINGS, max_open_requests=2))
+    body = {"prompt": "a", "max_tokens": 10}
+    answers = await asyncio.gather(*(app.client.post("/v1/completions", json=body) for _ in range(5)))
+    assert sorted(a.status_code for a in answers) == [200, 200, 503, 503, 503]
+    refused = next(a for a in answers if a.status_code == 503)
+    assert refused.json()["error"]["code"] == "overloaded"
+    assert refused.headers["retry-after"]
+    assert (await app.client.post("/v1/completions", json=body)).status_code == 200
