@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.opened import Use, bad_words_of, bias_of, entry, history_of, inside, padded, row_uses
 from engine.runner import SamplerLimits
-from engine.step import OpenedRows, PageDelta
+from engine.step import OpenedRows, PageDelta, SamplingTable
 
 IN_PROMPT = 1 << 30
 """Bit of `counts` that says an id stands in the prompt; the bits below count generated ids."""
@@ -83,7 +83,7 @@ class Tables:
 
     def _open_extras(self, opened: OpenedRows, i: int, slot: int, uses: Use) -> None:
         """What a row has beyond numbers. A table that exists is cleared for a row that does not use it."""
-        table, limits = opened.sampling, self._limits
+        table = opened.sampling
         if self.bias is not None:
             self.bias[slot] = 0
         if Use.BIAS in uses:
@@ -98,17 +98,7 @@ class Tables:
                 self.allowed = self._full(True, torch.bool, self._vocab)
             self.allowed[slot] = False
             self.allowed[slot, self.to_device(inside(entry(table.allowed_ids, i), self._vocab).astype(np.int64))] = True
-        if self.bad_last is not None and self.tail is not None:
-            self.bad_last[slot], self.tail[slot] = -1, -2
-        if Use.BAD_WORDS in uses:
-            if self.bad_last is None or self.bad_prefix is None or self.tail is None:
-                width = limits.max_bad_word_len - 1
-                self.bad_prefix = self._full(-1, torch.int64, limits.max_bad_words, width)
-                self.bad_last = self._full(-1, torch.int64, limits.max_bad_words)
-                self.tail = self._full(-2, torch.int64, width)
-            parts = bad_words_of(table, i, limits.max_bad_words, limits.max_bad_word_len, self._vocab)
-            prefix, last, tail = (self.to_device(part.astype(np.int64)) for part in parts)
-            self.bad_prefix[slot], self.bad_last[slot], self.tail[slot] = prefix, last, tail
+        self._open_bad_words(table, i, slot, Use.BAD_WORDS in uses)
         if self.counts is not None:
             self.counts[slot] = 0
         if Use.PENALTIES in uses:
@@ -118,6 +108,20 @@ class Tables:
             row = np.bincount(generated, minlength=self._vocab).astype(np.int32)
             row[prompt] |= IN_PROMPT
             self.counts[slot] = self.to_device(row)
+
+    def _open_bad_words(self, table: SamplingTable, i: int, slot: int, used: bool) -> None:
+        limits = self._limits
+        if self.bad_last is not None and self.tail is not None:
+            self.bad_last[slot], self.tail[slot] = -1, -2
+        if used:
+            if self.bad_last is None or self.bad_prefix is None or self.tail is None:
+                width = limits.max_bad_word_len - 1
+                self.bad_prefix = self._full(-1, torch.int64, limits.max_bad_words, width)
+                self.bad_last = self._full(-1, torch.int64, limits.max_bad_words)
+                self.tail = self._full(-2, torch.int64, width)
+            parts = bad_words_of(table, i, limits.max_bad_words, limits.max_bad_word_len, self._vocab)
+            prefix, last, tail = (self.to_device(part.astype(np.int64)) for part in parts)
+            self.bad_prefix[slot], self.bad_last[slot], self.tail[slot] = prefix, last, tail
 
     def advance(self, slots: Tensor, tokens: Tensor) -> None:
         """What every sampled token changes. slots, tokens: i64 [n]."""
