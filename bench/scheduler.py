@@ -226,7 +226,7 @@ class Bench:
         for key in range(1, count + 1):
             length = CONTEXT + (key * 7) % (self.case.spread + 1)
             self.scheduler.add(request_of(key, length, params_of(key, self.case, max_tokens)))
-        while len(self.scheduler.waiting):
+        while len(self.scheduler.state.waiting):
             self.turn(None)
         for _ in range(WARM_UP):
             self.turn(None)
@@ -271,7 +271,7 @@ def events(page: int, rows: int = 256) -> dict[str, float]:
             bench.scheduler.add(request)
             added = (time.thread_time_ns() - begin) / 1000
             costs[name].append(bench.turn(None) + added)
-            while any(slot_key == key for slot_key in bench.scheduler.running_keys()):
+            while any(slot_key == key for slot_key in bench.scheduler.state.running_keys()):
                 last = bench.turn(None)
             costs["finish"].append(last)
             for _ in range(4):

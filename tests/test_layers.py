@@ -74,10 +74,6 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("imports", "backends/torch/runner.py"): "joins the rooms of backends/torch to the contract",
     ("imports", "backends/jax/programs.py"): "makes programs of what tables, sampler, forward pass and caches define",
     ("imports", "engine/core/start.py"): "the composition root: knows every room once, in the order of a start",
-    (
-        "imports",
-        "engine/scheduler/scheduler.py",
-    ): "joins queues, budget, prefix keys, plans and updates",
 }
 
 VAGUE_NAMES = {"utils", "util", "common", "misc", "helpers", "helper", "mixin", "mixins"}

@@ -112,7 +112,7 @@ class CoreLoop:
         if plan is None:
             return False
         if plan.opened is not None:
-            self._started.append((self.scheduler.table.key[plan.opened.slots], time.monotonic()))
+            self._started.append((self.scheduler.keys_of(plan.opened.slots), time.monotonic()))
         try:
             handle = self.executor.submit([plan])
         except StepFailed as error:

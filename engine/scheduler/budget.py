@@ -6,9 +6,23 @@ next token; prompts share what is left, the first in order first.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
+from engine.scheduler.table import RowTable
 from engine.step import I32
+
+
+@dataclass(slots=True)
+class ChosenRows:
+    """Rows of one step. The first `num_single` have one new token each."""
+
+    slots: I32  # [S]
+    computed: I32  # [S] before this step
+    new: I32  # [S]
+    num_single: int
+    ends: I32  # [S] computed + new
 
 
 def tokens_to_compute(length: I32, computed: I32, max_total: I32) -> I32:
@@ -37,3 +51,50 @@ def share_budget(want: I32, chunk: I32, budget: int, score_budget: int, scores: 
     given = np.clip(left - before, 0, multiple)
     given[single] = 1
     return np.asarray(given, np.int32)
+
+
+def choose_running(table: RowTable, slots: I32) -> tuple[ChosenRows, int]:
+    """Turns for the running rows `slots`, in order. -> (rows with a token or more, prompt positions left to score)."""
+    config = table.config
+    computed = table.num_computed[slots]
+    want = tokens_to_compute(table.length[slots], computed, table.max_total[slots])
+    score_budget = config.max_prompt_logprob_tokens
+    if len(slots) and int(np.maximum.reduce(want)) > 1:
+        scores = table.scores_prompt[slots] if table.num_prompt_scorers else None
+        want = share_budget(want, table.chunk[slots], config.max_num_batched_tokens, score_budget, scores)
+        if scores is not None:
+            score_budget -= int(want[scores].sum())
+    some = want > 0
+    if np.count_nonzero(some) < len(some):
+        slots, computed, want = slots[some], computed[some], want[some]
+    return singles_first(slots, computed, want), score_budget
+
+
+def singles_first(slots: I32, computed: I32, new: I32) -> ChosenRows:
+    """Rows with one new token first, both parts in order."""
+    single = new == 1
+    count = int(np.count_nonzero(single))
+    if count == len(new):
+        return ChosenRows(slots, computed, new, count, computed + new)
+    index = np.concatenate((np.flatnonzero(single), np.flatnonzero(~single)))
+    slots, computed, new = slots[index], computed[index], new[index]
+    return ChosenRows(slots, computed, new, count, computed + new)
+
+
+def join_rows(rows: ChosenRows, added: list[tuple[int, int, int]]) -> ChosenRows:
+    """`added`: (slot, computed, new) of rows that begin in this step."""
+    slots, computed, new = (np.array(column, np.int32) for column in zip(*added, strict=True))
+    return singles_first(
+        np.concatenate((rows.slots, slots)),
+        np.concatenate((rows.computed, computed)),
+        np.concatenate((rows.new, new)),
+    )
+
+
+def no_rows() -> ChosenRows:
+    none = np.zeros(0, np.int32)
+    return ChosenRows(none, none, none, 0, none)
+
+
+def drop_rows(rows: ChosenRows, gone: np.ndarray) -> ChosenRows:
+    return singles_first(rows.slots[~gone], rows.computed[~gone], rows.new[~gone])

@@ -5,23 +5,19 @@ The buffers come from a ring of max_in_flight + 1, so nothing is written before 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from engine.kv.manager import KeyedUnit
+from engine.scheduler.budget import ChosenRows
 from engine.scheduler.config import SchedulerConfig
-from engine.scheduler.table import RowTable, SamplingColumns
+from engine.scheduler.table import RowTable
 from engine.step import (
-    F32,
     I32,
     LAST_TOKEN,
-    OpenedRows,
     PromptLogprobs,
-    Ragged,
     Sampler,
-    SamplingTable,
     StepPlan,
 )
 
@@ -44,17 +40,6 @@ class InFlight:
     held: list[tuple[int, int]]  # (pool, page) sources of copies
     keyed: list[KeyedUnit]  # known units keyed at its submission
     scored: list[ScoredPrompt] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class ChosenRows:
-    """Rows of one step. The first `num_single` have one new token each."""
-
-    slots: I32  # [S]
-    computed: I32  # [S] before this step
-    new: I32  # [S]
-    num_single: int
-    ends: I32  # [S] computed + new
 
 
 class PlanBuffers:
@@ -143,54 +128,6 @@ def choose_sampler(table: RowTable, sampling: I32) -> tuple[Sampler, int]:
         return Sampler.NONE, -1
     sampler = Sampler.FULL if table.needs_full[sampling].any() else Sampler.GREEDY
     return sampler, int(table.sampling.num_logprobs[sampling].max())
-
-
-def ragged(lists: Sequence[Sequence[int]]) -> Ragged:
-    starts = np.zeros(len(lists) + 1, np.int32)
-    np.cumsum([len(items) for items in lists], out=starts[1:])
-    return Ragged(values=np.array([item for items in lists for item in items], np.int32), starts=starts)
-
-
-def opened_rows(table: RowTable, slots: Sequence[int], computed: Sequence[int]) -> OpenedRows | None:
-    """Rows that begin in this step; computed[i] tokens of slots[i] are in the pages already."""
-    if not slots:
-        return None
-    index = np.array(slots, np.int32)
-    entries = [table.entry(slot) for slot in slots]
-    params = [entry.request.params for entry in entries]
-    biases = [p.logit_bias or {} for p in params]
-    words = [entry.request.bad_word_ids for entry in entries]
-    histories = [entry.request.all_tokens() if entry.request.params.uses_history else () for entry in entries]
-    word_starts = np.zeros(len(slots) + 1, np.int32)
-    np.cumsum([len(w) for w in words], out=word_starts[1:])
-    any_words = bool(word_starts[-1])
-    any_history = any(len(history) for history in histories)
-    bias_values: F32 | None = None
-    if any(biases):
-        bias_values = np.array([value for bias in biases for value in bias.values()], np.float32)
-    sampling = SamplingTable(
-        **{column.name: getattr(table.sampling, column.name)[index] for column in fields(SamplingColumns)},
-        stop_ids=ragged([entry.request.stop_ids for entry in entries]),
-        bias_ids=ragged([list(bias) for bias in biases]) if any(biases) else None,
-        bias_values=bias_values,
-        allowed_ids=ragged([p.allowed_token_ids or [] for p in params])
-        if any(p.allowed_token_ids for p in params)
-        else None,
-        bad_words=ragged([word for row in words for word in row]) if any_words else None,
-        bad_word_starts=word_starts if any_words else None,
-        history=ragged_arrays(histories) if any_history else None,
-        num_prompt=np.array([entry.request.num_prompt for entry in entries], np.int32) if any_history else None,
-    )
-    return OpenedRows(
-        slots=index, generation=table.generation[index], num_computed=np.array(computed, np.int32), sampling=sampling
-    )
-
-
-def ragged_arrays(lists: Sequence[I32 | tuple[()]]) -> Ragged:
-    starts = np.zeros(len(lists) + 1, np.int32)
-    np.cumsum([len(items) for items in lists], out=starts[1:])
-    values = np.concatenate([np.asarray(items, np.int32) for items in lists])
-    return Ragged(values=values, starts=starts)
 
 
 def score_prompts(table: RowTable, rows: ChosenRows) -> tuple[PromptLogprobs | None, list[ScoredPrompt]]:

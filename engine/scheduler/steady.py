@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.scheduler.plan import ChosenRows, PlanBuffers, PlanRing
+from engine.scheduler.budget import ChosenRows
+from engine.scheduler.plan import PlanBuffers, PlanRing
 from engine.scheduler.table import RowTable
 from engine.step import I32, LAST_TOKEN, Sampler
 

@@ -1,4 +1,4 @@
-"""Hypothesis drives the whole core: the real loop, scheduler and manager over the fake runner (properties.md, S- and P-).
+"""Hypothesis drives the whole core: real loop, scheduler and manager over the fake runner (properties.md, S- and P-).
 
 After every rule: check_integrity, the prefix index against what the pages really hold (P-7, P-8, P-13), the oldest
 running row still runs (S-6). At the end: everything finishes within the S-5 bound, every answer equals the one that the
@@ -117,7 +117,7 @@ class CoreMachine(RuleBasedStateMachine):
         key = self.core.add(list(prompt(family, length)), params_of(kind, n), priority=priority, domain=domain)
         for i in range(n):
             self.asked[key + i] = (family, length, kind, i, domain)
-        for entry in self.core.scheduler.waiting:
+        for entry in self.core.scheduler.state.waiting:
             self.requests[entry.request.key] = entry.request
 
     @rule(turns=st.integers(1, 12))
@@ -127,8 +127,8 @@ class CoreMachine(RuleBasedStateMachine):
 
     def turn(self) -> None:
         scheduler = self.core.scheduler
-        first = scheduler.running.slots[:1].tolist()
-        oldest = scheduler.table.entry(first[0]).request if first else None
+        first = scheduler.state.running.slots[:1].tolist()
+        oldest = scheduler.state.table.entry(first[0]).request if first else None
         before = None if oldest is None else oldest.num_preemptions
         self.core.step()
         assert oldest is None or oldest.num_preemptions == before, "the first in order was preempted"
@@ -153,19 +153,19 @@ class CoreMachine(RuleBasedStateMachine):
     @rule()
     def reset_prefix_cache(self) -> None:
         self.core.loop.handle(ResetPrefixCache(1))
-        assert not any(len(table.index) for table in self.core.scheduler.kv.tables)
+        assert not any(len(table.index) for table in self.core.scheduler.state.kv.tables)
 
     @rule()
     def preempt(self) -> None:
         """A preemption that nothing forced: S-8 must not notice. Never of the first in order."""
-        slots = self.core.scheduler.running.slots.tolist()
+        slots = self.core.scheduler.state.running.slots.tolist()
         if len(slots) > 1:
-            self.core.scheduler._preempt(slots[-1])
+            self.core.scheduler.state.preempt(slots[-1])
 
     @rule(rows=st.sampled_from([(), (0,), (1, 0)]), cache_lost=st.booleans())
     def fail_next_step(self, rows: tuple[int, ...], cache_lost: bool) -> None:
         self.some_failed = True
-        step_id = self.core.scheduler.counters.steps + 1
+        step_id = self.core.scheduler.state.counters.steps + 1
         self.failures[step_id] = StepFailed("injected", rows=rows, cache_lost=cache_lost)
 
     # what must hold
@@ -177,7 +177,7 @@ class CoreMachine(RuleBasedStateMachine):
     @invariant()
     def index_tells_the_truth(self) -> None:
         """P-7, P-8, P-13: every key is the chain of a known sequence in its domain, and its page holds those tokens."""
-        kv, unit = self.core.scheduler.kv, self.sizes.unit_tokens
+        kv, unit = self.core.scheduler.state.kv, self.sizes.unit_tokens
         if not any(len(table.index) for table in kv.tables):
             return
         if any(flight.plan.step_id in self.failures for flight in self.core.scheduler.in_flight):
@@ -200,16 +200,16 @@ class CoreMachine(RuleBasedStateMachine):
                 assert pool.fill[page] >= at + unit
 
     def tokens_of(self, request: Request) -> np.ndarray:
-        slot = self.core.scheduler._slot_of.get(request.key)
+        slot = self.core.scheduler.state.slot_of.get(request.key)
         if slot is None:
             return request.all_tokens()
-        table = self.core.scheduler.table
+        table = self.core.scheduler.state.table
         return table.tokens[slot, : table.num_tokens[slot]].copy()
 
     def teardown(self) -> None:
         if not hasattr(self, "asked"):
             return
-        for step_id in [step_id for step_id in self.failures if step_id > self.core.scheduler.counters.steps]:
+        for step_id in [step_id for step_id in self.failures if step_id > self.core.scheduler.state.counters.steps]:
             del self.failures[step_id]
         bound = 50 * (sum(256 for _ in self.asked) + len(self.asked)) + 50
         for _ in range(bound):
@@ -221,14 +221,14 @@ class CoreMachine(RuleBasedStateMachine):
         for key in self.asked:
             if key not in self.core.aborted:
                 self.check_answer(key)
-        kv = self.core.scheduler.kv
+        kv = self.core.scheduler.state.kv
         assert all(pool.num_free == pool.num_pages - 1 for pool in kv.pools), "P-11: pages are held by nobody"
-        assert not kv.held_sources and not self.core.scheduler.prefix.computing
+        assert not kv.held_sources and not self.core.scheduler.state.prefix.computing
 
     def check_answer(self, key: int) -> None:
         family, length, kind, index, _ = self.asked[key]
         answer = self.core.answers[key]
-        capacity = self.core.scheduler.capacity
+        capacity = self.core.scheduler.state.capacity
         params = params_of(kind)
         if key not in self.requests:
             assert answer.error == "context_length_exceeded" or index > 0
