@@ -77,7 +77,8 @@ class HashModel:
 
     def pooled(self, hashes: U64) -> F32:
         """f32 [n, POOLED_WIDTH] in [0, 1)."""
-        bits = mix64(hashes[:, None] + np.arange(POOLED_WIDTH, dtype=np.uint64))
+        wide: U64 = hashes[:, None] + np.arange(POOLED_WIDTH, dtype=np.uint64)
+        bits = mix64(wide)
         values: F32 = (bits >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
         return values
 
