@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -18,3 +18,18 @@ def server(request: pytest.FixtureRequest) -> Iterator[ServerProcess]:
     yield process
     print(process.log()[-4000:])  # shown when a test failed
     assert process.stop() == 0
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., ServerProcess]]:
+    """Starts servers that the test stops; one that a failing test left behind is killed, and its log shown."""
+    begun: list[ServerProcess] = []
+
+    def start_server(*args: str, **environment: str) -> ServerProcess:
+        begun.append(ServerProcess(args, environment))
+        return begun[-1]
+
+    yield start_server
+    for process in begun:
+        print(process.log()[-4000:])
+        process.kill()

@@ -80,9 +80,13 @@ class ServerProcess:
         try:
             return self.process.wait(timeout_s)
         finally:
-            self.process.kill()
-            self.process.wait()
-            self.client.close()
+            self.kill()
+
+    def kill(self) -> None:
+        """End it by force if it still runs; its core follows."""
+        self.process.kill()
+        self.process.wait()
+        self.client.close()
 
 
 def eventually(condition: Any, timeout_s: float = 10) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,9 @@ class Reader:
     def join(self) -> None:
         self._thread.join(30)
         assert not self._thread.is_alive()
+
+
+Start = Callable[..., ServerProcess]
 
 
 def twinfer(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -106,23 +110,21 @@ def test_start_up_errors_are_one_line(args: list[str], words: str) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_config_file_and_names(tmp_path: Path) -> None:
+def test_config_file_and_names(tmp_path: Path, start: Start) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text("backend: fake\nserved-model-name: [one, two]\nmax-model-len: 64\nmax-logprobs: 3\n")
-    server = ServerProcess(["--config", str(file)])
-    try:
-        models = server.get("/v1/models").json()["data"]
-        assert [m["id"] for m in models] == ["one", "two"]
-        assert models[0]["max_model_len"] == 64
-        refused = server.post("/v1/completions", prompt="a", logprobs=4)
-        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "logprobs")
-        assert server.post("/v1/completions", model="two", prompt="a", max_tokens=1).json()["model"] == "two"
-    finally:
-        assert server.stop(signal.SIGINT) == 0
+    server = start("--config", str(file))
+    models = server.get("/v1/models").json()["data"]
+    assert [m["id"] for m in models] == ["one", "two"]
+    assert models[0]["max_model_len"] == 64
+    refused = server.post("/v1/completions", prompt="a", logprobs=4)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "logprobs")
+    assert server.post("/v1/completions", model="two", prompt="a", max_tokens=1).json()["model"] == "two"
+    assert server.stop(signal.SIGINT) == 0
 
 
-def test_drain_lets_streams_end_and_refuses_new_ones() -> None:
-    server = ServerProcess(["--backend", "fake", "--drain-delay", "0.2"])
+def test_drain_lets_streams_end_and_refuses_new_ones(start: Start) -> None:
+    server = start("--backend", "fake", "--drain-delay", "0.2")
     reader = Reader(server, 1500)
     server.process.send_signal(signal.SIGTERM)
     eventually(lambda: server.get("/readyz").status_code == 503)
@@ -134,16 +136,16 @@ def test_drain_lets_streams_end_and_refuses_new_ones() -> None:
     assert server.process.wait(10) == 0
 
 
-def test_drain_timeout_ends_streams_with_an_error_event() -> None:
-    server = ServerProcess(["--backend", "fake", "--drain-timeout", "0.3"])
+def test_drain_timeout_ends_streams_with_an_error_event(start: Start) -> None:
+    server = start("--backend", "fake", "--drain-timeout", "0.3")
     reader = Reader(server, 2000)
     assert server.stop() == 0
     reader.join()
     assert reader.events[-1]["error"]["code"] == "engine_restarted"
 
 
-def test_a_second_signal_ends_at_once() -> None:
-    server = ServerProcess(["--backend", "fake"])
+def test_a_second_signal_ends_at_once(start: Start) -> None:
+    server = start("--backend", "fake")
     core = server.core()
     reader = Reader(server, 2000)
     server.process.send_signal(signal.SIGTERM)
@@ -155,8 +157,8 @@ def test_a_second_signal_ends_at_once() -> None:
     eventually(lambda: not core.is_running() or core.status() == "zombie")
 
 
-def test_a_stopped_and_a_dead_core_are_told() -> None:
-    server = ServerProcess(["--backend", "fake", "--heartbeat-timeout", "0.5"])
+def test_a_stopped_and_a_dead_core_are_told(start: Start) -> None:
+    server = start("--backend", "fake", "--heartbeat-timeout", "0.5")
     server.core().suspend()
     eventually(lambda: server.get("/readyz").status_code == 503)
     assert server.get("/livez").status_code == 200
