@@ -127,7 +127,8 @@ class Device:
         self.read_states(plan)
         starts = query_starts(plan)
         row_of = np.repeat(np.arange(len(slots)), plan.num_new)  # [T]
-        places: I32 = (start - starts[:-1])[row_of] + np.arange(plan.num_tokens, dtype=np.int32)
+        offset: I32 = np.repeat(start - starts[:-1], plan.num_new)
+        places: I32 = np.add(offset, np.arange(plan.num_tokens), dtype=np.int32)
         error = np.zeros(len(slots), np.uint8)
         tokens = self.resolve_tokens(plan, row_of, error)
         digest = token_digest(tokens, places).cumsum(dtype=np.uint64)

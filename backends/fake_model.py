@@ -77,8 +77,8 @@ class HashModel:
 
     def pooled(self, hashes: U64) -> F32:
         """f32 [n, POOLED_WIDTH] in [0, 1)."""
-        wide: U64 = hashes[:, None] + np.arange(POOLED_WIDTH, dtype=np.uint64)
-        bits = mix64(wide)
+        places: U64 = np.arange(POOLED_WIDTH).astype(np.uint64)
+        bits = mix64(np.add(hashes[:, None], places, dtype=np.uint64))
         values: F32 = (bits >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
         return values
 
