@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import stat
 import threading
 import weakref
 from collections.abc import Callable
@@ -20,7 +19,7 @@ import msgspec
 import zmq
 
 from engine.config import EngineConfig
-from engine.core.launch import CoreChild, CoreLaunch, private_folder
+from engine.core.launch import CoreChild, CoreLaunch
 from engine.core.messages import (
     MAX_FRAME_BYTES,
     CoreFailed,
@@ -30,6 +29,7 @@ from engine.core.messages import (
     StartupProgress,
     ToCore,
 )
+from engine.core.sockets import open_reader, open_writer, private_folder
 from engine.errors import EngineDead, InvalidValue, StartupError
 
 OnProgress = Callable[[StartupProgress], None]
@@ -76,9 +76,10 @@ class ProcessClient:
     def start(self, config: EngineConfig, model_path: Path, progress: OnProgress | None = None) -> CoreReady:
         self._folder = private_folder()
         self._context = zmq.Context(io_threads=1)
-        self._outbox, to_core = self._bind(zmq.PUSH, "to_core")
-        self._inbox, from_core = self._bind(zmq.PULL, "from_core")
-        launch = CoreLaunch(config, str(model_path), to_core, from_core, os.getpid())
+        to_core, from_core = self._folder / "to_core", self._folder / "from_core"
+        self._inbox = open_reader(self._context, from_core)
+        self._outbox = open_writer(self._context, to_core, 0)
+        launch = CoreLaunch(config, str(model_path), str(to_core), str(from_core), os.getpid())
         self._child = CoreChild(self._module, launch)
         if self._killed:
             self._child.kill()
@@ -93,16 +94,6 @@ class ProcessClient:
         except BaseException:
             self.close(grace_s=0.5)
             raise
-
-    def _bind(self, kind: int, name: str) -> tuple[zmq.Socket[bytes], str]:
-        socket = self._context.socket(kind)
-        socket.set_hwm(0)  # send never blocks; admission limits bound what is queued
-        socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-        socket.setsockopt(zmq.LINGER, 0)
-        path = self._folder / name
-        socket.bind(f"ipc://{path}")
-        path.chmod(stat.S_IRUSR | stat.S_IWUSR)
-        return socket, f"ipc://{path}"
 
     def _wait_ready(self, progress: OnProgress | None) -> CoreReady:
         while True:

@@ -12,7 +12,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from engine.config import EngineConfig
 
 LENGTH_BYTES = 4
 MAX_LAUNCH_BYTES = 1 << 20
-MAX_ENDPOINT_BYTES = 100  # sun_path of a UNIX socket takes 107
 
 
 class CoreLaunch(msgspec.Struct):
@@ -30,9 +28,13 @@ class CoreLaunch(msgspec.Struct):
 
     config: EngineConfig
     model_path: str
-    to_core: str  # ZeroMQ endpoint the core reads from
-    from_core: str  # and the one it writes to
+    to_core: str  # path of the socket that the core binds and reads from
+    from_core: str  # path of the one that the client has bound; the core writes to it
     parent_pid: int
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.model_path)
 
 
 def read_launch(fd: int) -> CoreLaunch:
@@ -138,12 +140,3 @@ def child_environment() -> dict[str, str]:
     root = str(Path(__file__).parents[2])
     old = os.environ.get("PYTHONPATH")
     return {**os.environ, "PYTHONPATH": root if not old else root + os.pathsep + old}
-
-
-def private_folder() -> Path:
-    """A new directory with mode 0700, with a path short enough for UNIX sockets."""
-    folder = Path(tempfile.mkdtemp(prefix="twinfer-"))
-    if len(bytes(folder)) > MAX_ENDPOINT_BYTES - len("/from_core"):
-        folder.rmdir()
-        folder = Path(tempfile.mkdtemp(prefix="twinfer-", dir="/tmp"))
-    return folder

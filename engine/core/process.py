@@ -12,7 +12,6 @@ import logging
 import signal
 import sys
 import time
-from pathlib import Path
 
 import msgspec
 import zmq
@@ -30,6 +29,7 @@ from engine.core.messages import (
     StepOutputs,
     ToCore,
 )
+from engine.core.sockets import open_reader, open_writer
 from engine.errors import RequestError, StartupError
 from engine.runner import Progress
 
@@ -47,25 +47,17 @@ class CoreProcess:
     def __init__(self, launch: CoreLaunch) -> None:
         self.launch = launch
         self._context = zmq.Context(io_threads=1)
-        self._inbox = self._connect(zmq.PULL, launch.to_core)
-        self._outbox = self._connect(zmq.PUSH, launch.from_core)
+        self._inbox = open_reader(self._context, launch.to_core)
+        self._outbox = open_writer(self._context, launch.from_core, LINGER_MS)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToCore)
         self._terms = 0  # SIGTERMs seen
         self.stopping = False
 
-    def _connect(self, kind: int, endpoint: str) -> zmq.Socket[bytes]:
-        socket = self._context.socket(kind)
-        socket.set_hwm(0)  # the engine never blocks on a reader; messages are bounded by the requests alive
-        socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-        socket.setsockopt(zmq.LINGER, LINGER_MS)
-        socket.connect(endpoint)
-        return socket
-
     def start(self, build: BuildCore) -> Core | None:
         """Build the core, or tell the client in one line why not."""
         try:
-            core, ready = build(self.launch.config, Path(self.launch.model_path), self._progress())
+            core, ready = build(self.launch.config, self.launch.folder, self._progress())
         except StartupError as error:
             self.send(CoreFailed(str(error)))
             return None

@@ -120,6 +120,20 @@ def test_kill_is_noticed_within_a_second() -> None:
     assert not psutil.pid_exists(pid)
 
 
+def test_sending_to_a_core_that_has_died_does_not_block() -> None:
+    client = started()
+    assert client.pid is not None
+    os.kill(client.pid, signal.SIGKILL)
+    psutil.wait_procs([psutil.Process(client.pid)], timeout=2)
+    begun = time.monotonic()
+    for _ in range(1000):
+        client.send(Ping(1))  # nobody has told us yet
+    assert time.monotonic() - begun < 1
+    with pytest.raises(EngineDead):
+        client.receive(1.0)
+    client.close()
+
+
 def test_a_broken_core_says_why() -> None:
     client = started("break at 3")
     client.send(add(1, [1, 2], max_tokens=100))
