@@ -24,7 +24,7 @@ from backends.fake_pages import PageContent
 from backends.fake_transfers import TransferQueue
 from engine.errors import InternalError, StepFailed, check, fail
 from engine.runner import Capability, DeviceInfo, Placement, Progress, RunnerConfig
-from engine.specs.cache import CacheLayout
+from engine.specs.cache import CacheLayout, GroupKind
 from engine.step import I32, U32, Event, StepPlan, StepResult
 
 __all__ = ["FakeOptions", "Runner"]
@@ -119,6 +119,8 @@ class Runner:
     def allocate_cache(self, layout: CacheLayout) -> None:
         self._enter("loaded", "allocated")
         check(len(layout.groups) == len(self._config.page_tokens), "one page size for each group")
+        chunked = any(group.spec.kind is GroupKind.CHUNKED for group in layout.groups)
+        check(not chunked, "chunked groups: not in this runner yet")
         self._layout = layout
         for _ in range(self._config.num_replicas):
             device = Device(self._config, layout, self.options)
