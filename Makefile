@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 # one BLAS thread a worker: two workers share two cores
-TEST_ENV := OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+TEST_ENV := OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: serve test test-all static engine parity kernels server clean
