@@ -6,6 +6,8 @@ side touches an object per token. No pickle, no extension types.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 from engine.params import SamplingParams
@@ -13,17 +15,20 @@ from engine.params import SamplingParams
 MAX_FRAME_BYTES = 1 << 28
 """Largest message either side accepts; a peer that sends more is cut off by the socket."""
 
+Key = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
+Priority = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
+
 
 class AddRequest(msgspec.Struct, tag="add", array_like=True):
     """Begin a request. With params.n > 1 the core makes n sequences with keys key, key + 1, ... key + n - 1."""
 
-    key: int
+    key: Key
     prompt: bytes  # i32 little endian
     params: SamplingParams
     stop_ids: list[int]
     eos_ids: list[int]
     bad_word_ids: list[list[int]]
-    priority: int = 0
+    priority: Priority = 0
     domain: bytes = b""
 
 

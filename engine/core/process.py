@@ -37,6 +37,7 @@ log = logging.getLogger("twinfer.core")
 
 IDLE_POLL_MS = 500  # how late a SIGTERM is noticed when idle
 SPIN_S = 20e-6  # a step shorter than this, without output, did nothing: do not spin on it
+DECODE_ERRORS = (msgspec.MsgspecError, ValueError, TypeError, OverflowError, RecursionError)
 LINGER_MS = 2000  # how long the last messages may take to leave
 COPY_BYTES = 1 << 16  # larger frames are handed to ZeroMQ without a copy
 
@@ -116,16 +117,23 @@ class CoreProcess:
     def _handle(self, core: Core, frame: bytes) -> None:
         try:
             message = self._decoder.decode(frame)
-            if isinstance(message, Shutdown):
-                self.stopping = True
-            else:
-                core.handle(message)
-        except (msgspec.MsgspecError, RequestError) as error:
-            key = key_of(frame)
-            log.warning("a message was refused: %s", first_line(error))
-            if key is not None:
-                code = error.code if isinstance(error, RequestError) else "invalid_request"
-                self.send(RequestFailed(key, code, first_line(error)))
+        except DECODE_ERRORS as error:
+            self._refuse(frame, "invalid_request", error)
+            return
+        if isinstance(message, Shutdown):
+            self.stopping = True
+            return
+        try:
+            core.handle(message)
+        except RequestError as error:
+            self._refuse(frame, error.code, error)
+
+    def _refuse(self, frame: bytes, code: str, error: Exception) -> None:
+        """Answer for the request that the frame is about, if that can be told."""
+        log.warning("a message was refused: %s", first_line(error))
+        key = key_of(frame)
+        if key is not None:
+            self.send(RequestFailed(key, code, first_line(error)))
 
     def serve(self, core: Core) -> None:
         """Until told to stop: take messages, run a step, send what it gave."""
@@ -155,7 +163,7 @@ def key_of(frame: bytes) -> int | None:
         match msgspec.msgpack.decode(frame):
             case ["add", int(key), *_]:
                 return key
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except DECODE_ERRORS:
         pass
     return None
 

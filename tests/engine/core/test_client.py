@@ -151,13 +151,22 @@ def test_frames_that_do_not_decode_harm_nobody() -> None:
     bad = AddRequest(5, b"", SamplingParams(), [], [], [])
     fields = msgspec.msgpack.decode(msgspec.msgpack.encode(bad))
     fields[3]["temperature"] = -1.0
-    for frame in (b"", b"\xc1", b"\x93abc", os.urandom(100), msgspec.msgpack.encode(fields), b'{"a": 1}'):
+    too_large = AddRequest(2**63, b"", SamplingParams(), [], [], [])
+    for frame in (
+        msgspec.msgpack.encode(too_large),
+        b"",
+        b"\xc1",
+        b"\x93abc",
+        os.urandom(100),
+        msgspec.msgpack.encode(fields),
+        b'{"a": 1}',
+    ):
         socket.send(frame)
     client.send(Ping(3))
     messages = collect(client, lambda m: Reply(3, True) in m)
     failed = [m for m in messages if isinstance(m, RequestFailed)]
-    assert [m.key for m in failed] == [5]
-    assert "temperature" in failed[0].message
+    assert [m.key for m in failed] == [2**63, 5]
+    assert "temperature" in failed[1].message
     client.close()
 
 

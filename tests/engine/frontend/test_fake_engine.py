@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import psutil
 import pytest
 from hypothesis import given, settings
@@ -17,6 +20,7 @@ from hypothesis import strategies as st
 
 from engine.config import CacheConfig, EngineConfig, ModelConfig, ScheduleConfig
 from engine.core.client import ProcessClient
+from engine.core.messages import AbortRequests, AddRequest, Ping, Reply, StepOutputs
 from engine.errors import EngineDead, StartupError
 from engine.frontend.async_engine import AsyncEngine
 from engine.frontend.llm import LLM
@@ -209,3 +213,32 @@ def test_prefix_hits_are_told(llm: LLM) -> None:
     assert (warm.num_cached_tokens or 0) >= 64
     salted = llm.generate([{"prompt_token_ids": prompt, "cache_salt": "s"}], SamplingParams(max_tokens=1))[0]
     assert salted.num_cached_tokens == 0
+
+
+def test_a_core_survives_frames_that_nobody_should_send(folder: Path) -> None:
+    """Bit flips, cuts and noise on the socket into the core (R5): it lives, and the next request is answered."""
+    client = ProcessClient()
+    client.start(config(folder), folder)
+    noise = random.Random(5)
+    params = SamplingParams(max_tokens=3, n=2, stop_token_ids=[7], logit_bias={5: 1.0}, bad_words=["x"])
+    good = msgspec.msgpack.encode(AddRequest(1, np.arange(5, 25, dtype="<i4").tobytes(), params, [2, 7], [2], [[9]]))
+    for i in range(3000):
+        frame = bytearray(good)
+        for _ in range(noise.randint(1, 6)):
+            frame[noise.randrange(len(frame))] = noise.randrange(256)
+        cut = noise.randrange(len(frame))
+        client._outbox.send([bytes(frame), bytes(frame[:cut]), noise.randbytes(cut)][i % 3])
+        if i % 100 == 0:
+            client.receive(0.0)
+    client.send(AbortRequests(list(range(2**16))))
+    client.send(AddRequest(10**6, np.arange(5, 25, dtype="<i4").tobytes(), SamplingParams(), [], [], []))
+    client.send(Ping(77))
+    deadline = time.monotonic() + 20
+    answered, tokens = False, 0
+    while not (answered and tokens):
+        assert time.monotonic() < deadline
+        for message in client.receive(1.0):
+            answered |= message == Reply(77, True)
+            if isinstance(message, StepOutputs):
+                tokens += np.frombuffer(message.keys, "<i8").tolist().count(10**6)
+    client.close()
