@@ -283,6 +283,7 @@ def main() -> None:
     if sys.argv[1:2] == ["--serve"]:
         serve(sys.argv[2], Path(sys.argv[3]), sys.argv[4])
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an end from outside ends the sides too
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["llama32m", "default"], help="llama32m, default, or a folder")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
