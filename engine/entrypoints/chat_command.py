@@ -122,7 +122,8 @@ def run(args: argparse.Namespace) -> int:
         try:
             ask(text)
         except KeyboardInterrupt:
-            print("\n(stopped)", file=sys.stderr)
+            messages.pop()
+            print("\n(stopped; the question is taken back)", file=sys.stderr)
         except ClientError as error:
             messages.pop()
             print(f"twinfer: error: {error}", file=sys.stderr)

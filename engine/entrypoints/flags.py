@@ -20,7 +20,7 @@ from engine.entrypoints.settings import ServerSettings
 from engine.errors import StartupError
 
 PARTS = {"model", "cache", "schedule", "parallel"}  # fields of EngineConfig that are dataclasses themselves
-NOT_FLAGS = {"max_body_bytes", "body_timeout"}
+NOT_FLAGS = {"max_body_bytes", "head_timeout", "body_timeout"}
 SUFFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
 C = TypeVar("C")

@@ -53,9 +53,11 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            if scope["type"] == "lifespan":
+            if scope["type"] == "websocket":  # there are no such routes
+                await send({"type": "websocket.close", "code": 1008})
+            else:
                 await self._app(scope, receive, send)
-            return  # no websocket routes: an unanswered handshake is a refusal
+            return
         request_id = uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
         begun = time.monotonic()

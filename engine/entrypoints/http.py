@@ -52,11 +52,11 @@ def create_app(
     app.include_router(openai_router(serving))
     app.include_router(operations_router(serving))
     add_error_handlers(app, serving)
-    if settings.allowed_origins:
+    app.add_middleware(Gate, digests=hash_keys(settings.api_key), metrics=http_metrics)
+    if settings.allowed_origins:  # outside the gate: a browser's preflight carries no key
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.allowed_origins), allow_methods=["*"], allow_headers=["*"]
         )
-    app.add_middleware(Gate, digests=hash_keys(settings.api_key), metrics=http_metrics)
     return app
 
 

@@ -16,6 +16,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from engine.entrypoints.http_protocol import bounded_protocol
 from engine.entrypoints.serving import Serving
 from engine.entrypoints.settings import ServerSettings
 from engine.errors import StartupError
@@ -43,6 +44,8 @@ class HttpServer(uvicorn.Server):
                 log_level=settings.uvicorn_log_level,
                 access_log=False,
                 server_header=False,
+                http=bounded_protocol(settings.head_timeout),
+                ws="none",
                 lifespan="off",
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=CLOSE_S,

@@ -25,6 +25,7 @@ class ServerSettings:
     max_open_requests: int = 4096  # more are answered 503
     heartbeat_timeout: float = 10.0  # seconds without an answer of the engine until readyz says 503; 0 = do not ask
     max_body_bytes: int = 32 << 20
+    head_timeout: float = 30.0
     body_timeout: float = 120.0
     disable_docs: bool = False
 

@@ -19,8 +19,9 @@ def shown(token_id: int, entry: TokenLogprob, as_ids: bool) -> str:
 
 
 def most_likely(position: PositionLogprobs, count: int) -> list[tuple[int, TokenLogprob]]:
-    """The first `count` entries, most likely first."""
-    return sorted(position.items(), key=lambda item: -item[1].logprob)[:count]
+    """The first `count` entries, most likely first; all of them when it is -1."""
+    ranked = sorted(position.items(), key=lambda item: -item[1].logprob)
+    return ranked if count < 0 else ranked[:count]
 
 
 def chat_logprobs(

@@ -42,14 +42,14 @@ def keyed_app() -> App:
 class Server:
     """The app behind uvicorn in a thread, as clients meet it."""
 
-    def __init__(self, engine: AlphabetEngine) -> None:
+    def __init__(self, engine: AlphabetEngine, http: type[asyncio.Protocol] | str = "auto") -> None:
         self.engine = engine
         self.app = create_app(engine, SETTINGS, model_names=("letters",))
         self._socket = socket.socket()
         self._socket.bind(("127.0.0.1", 0))
         self._socket.listen()
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        self._server = uvicorn.Server(uvicorn.Config(self.app, log_level="error", lifespan="off"))
+        self._server = uvicorn.Server(uvicorn.Config(self.app, log_level="error", lifespan="off", http=http))
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve([self._socket])))
         self._thread.start()
 

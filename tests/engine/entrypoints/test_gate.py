@@ -147,3 +147,38 @@ async def test_more_requests_than_allowed_are_refused() -> None:
     assert refused.json()["error"]["code"] == "overloaded"
     assert refused.headers["retry-after"]
     assert (await app.client.post("/v1/completions", json=body)).status_code == 200
+
+
+async def test_browsers_of_allowed_origins_get_through() -> None:
+    settings = replace(SETTINGS, api_key=("k",), allowed_origins=("https://a.example",))
+    app = App(AlphabetEngine(), settings)
+    for origin, expected in (("https://a.example", 200), ("https://b.example", 400)):
+        ask = {
+            "origin": origin,
+            "access-control-request-method": "POST",
+            "access-control-request-headers": "authorization",
+        }
+        answer = await app.client.options("/v1/completions", headers=ask)
+        assert answer.status_code == expected
+        assert ("access-control-allow-origin" in answer.headers) == (expected == 200)
+        answer = await app.client.post("/v1/completions", headers={"origin": origin}, json={"prompt": "a"})
+        assert answer.status_code == 401
+
+
+async def test_root_path_is_not_part_of_the_route() -> None:
+    app = App(AlphabetEngine(), replace(SETTINGS, api_key=("k",)))
+    for path, status in (("/api/livez", 200), ("/api/v1/models", 401), ("/api/api/livez", 401)):
+        scope = {
+            "type": "http", "method": "GET", "path": path, "raw_path": path.encode(), "root_path": "/api",
+            "query_string": b"", "headers": [], "http_version": "1.1", "scheme": "http", "server": None, "client": None,
+        }  # fmt: skip
+        sent: list[dict[str, object]] = []
+
+        async def receive() -> dict[str, object]:
+            return {"type": "http.request"}
+
+        async def send(message: dict[str, object], sent: list[dict[str, object]] = sent) -> None:
+            sent.append(message)
+
+        await app.app(scope, receive, send)
+        assert sent[0]["status"] == status, path
