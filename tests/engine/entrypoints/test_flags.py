@@ -149,13 +149,12 @@ def test_errors_are_one_line_with_a_status(capsys: pytest.CaptureFixture[str]) -
 HEAVY = ("jax", "torch", "transformers", "fastapi", "uvicorn", "numpy", "flax")
 PROBE = f"""
 import sys, time
-begun = time.perf_counter()
 from engine.entrypoints.cli import main
 try:
     main(sys.argv[1:])
 except SystemExit:
     pass
-print(time.perf_counter() - begun, [m for m in {HEAVY} if m in sys.modules], file=sys.stderr)
+print(time.process_time(), [m for m in {HEAVY} if m in sys.modules], file=sys.stderr)
 """
 
 
@@ -166,7 +165,7 @@ def test_help_is_quick_and_imports_no_framework(command: str) -> None:
     )
     seconds, loaded = done.stderr.split(" ", 1)
     assert loaded.strip() == "[]"
-    assert float(seconds) < 0.5
+    assert float(seconds) < 0.5  # of the processor, start of Python included: other work cannot make it longer
     assert command in done.stdout
 
 
