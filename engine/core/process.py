@@ -21,6 +21,8 @@ from engine.core.launch import CoreLaunch, read_launch
 from engine.core.lifeline import hold_on_to_parent, leave_stdout_alone
 from engine.core.messages import (
     MAX_FRAME_BYTES,
+    AbortRequests,
+    AddRequest,
     CoreFailed,
     FromCore,
     RequestFailed,
@@ -127,6 +129,12 @@ class CoreProcess:
             core.handle(message)
         except RequestError as error:
             self._refuse(frame, error.code, error)
+        except Exception as error:  # the boundary of one request (R1)
+            if not isinstance(message, AddRequest):
+                raise
+            log.exception("request with key %d failed on admission", message.key)
+            core.handle(AbortRequests(list(range(message.key, message.key + message.params.n))))
+            self._refuse(frame, "engine_error", error)
 
     def _refuse(self, frame: bytes, code: str, error: Exception) -> None:
         """Answer for the request that the frame is about, if that can be told."""

@@ -120,7 +120,15 @@ class CoreLink:
                 if future is not None and not future.done():
                     future.set_result(message.ok)
             else:
-                self._on_message(message)
+                self._take_in(message)
+
+    def _take_in(self, message: FromCore) -> None:
+        """A message that cannot be taken in leaves requests without answers: better an end than a wait for ever."""
+        try:
+            self._on_message(message)
+        except Exception as error:  # top of the loop's callback
+            log.exception("a message of the core could not be taken in")
+            self.die(f"{type(error).__name__} in the front end")
 
     def die(self, reason: str) -> None:
         """The core has gone, or is given up: whoever waits is told, once."""

@@ -7,6 +7,7 @@ costs no more memory than its tokens (F-4). Cost per token is bounded.
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, field
 
@@ -21,6 +22,8 @@ from engine.frontend.tokenizer import Tokenizer
 from engine.metrics.stats import FinishedRequest, IterationStats
 from engine.params import RequestOutputKind, SamplingParams
 from engine.request import FinishReason
+
+log = logging.getLogger("twinfer.output")
 
 BYTES_PER_TOKEN = 8
 BYTES_PER_LOGPROB = 96
@@ -241,11 +244,22 @@ class OutputProcessor:
             state, sequence = entry
             if cached >= 0 and state.num_cached is None:
                 state.num_cached = cached
-            if count:
-                note_times(state, sequence, count, done)
-            if columns is not None and sequence.logprobs is not None:
-                self._add_logprobs(state, sequence, columns, tokens, begin, at)
-            self._push(state, sequence, tokens[begin:at], FinishReason(finish), stop_token, done)
+            try:
+                if count:
+                    note_times(state, sequence, count, done)
+                if columns is not None and sequence.logprobs is not None:
+                    self._add_logprobs(state, sequence, columns, tokens, begin, at)
+                self._push(state, sequence, tokens[begin:at], FinishReason(finish), stop_token, done)
+            except Exception:  # the boundary of one request (R1): its fault is its own end, not its neighbours'
+                log.exception("request with key %d failed in the front end", key)
+                self._fault(state, done)
+
+    def _fault(self, state: RequestState, done: Processed) -> None:
+        finished = self.fail(state, NotFinished("internal error while the answer was put together"))
+        if finished is not None:
+            done.iteration.finished.append(finished)
+        done.aborts += self.forget(state)
+        done.touched.append(state)
 
     def _started(self, message: StepOutputs) -> None:
         keys = np.frombuffer(message.started, "<i8").tolist()

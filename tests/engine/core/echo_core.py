@@ -4,7 +4,7 @@ and again.
 Run as a process by ProcessClient (`python -m tests.engine.core.echo_core`) or built in process. The first of
 `config.model.served_model_name` picks a misbehaviour: "fail" (StartupError), "bug" (a stray exception), "exit" (dies
 while starting), "slow" (takes a minute to start), "die at N" (dies at step N), "break at N" (raises at step N). A
-prompt with token 13 is refused.
+prompt with token 13 is refused, one with token 14 meets a bug.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ class EchoCore:
         match message:
             case AddRequest():
                 prompt = np.frombuffer(message.prompt, "<i4").tolist()
+                if 14 in prompt:
+                    raise KeyError("a bug on admission")
                 if 13 in prompt:
                     raise InvalidValue("prompt: token 13 is not accepted")
                 for i in range(message.params.n):

@@ -170,6 +170,15 @@ def test_frames_that_do_not_decode_harm_nobody() -> None:
     client.close()
 
 
+def test_a_bug_on_admission_ends_one_request() -> None:
+    client = started()
+    client.send(add(1, [1, 2], max_tokens=20))
+    client.send(add(5, [14]))
+    messages = collect(client, lambda m: len(tokens_of(m).get(1, ())) == 20)
+    assert [(m.key, m.code) for m in messages if isinstance(m, RequestFailed)] == [(5, "engine_error")]
+    client.close()
+
+
 def test_sockets_are_private() -> None:
     client = started()
     folder = client._folder

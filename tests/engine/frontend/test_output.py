@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -9,8 +11,9 @@ from engine.core.messages import LogprobColumns, RequestFailed, StepOutputs
 from engine.errors import InvalidValue, NeverFits, NotFinished, Overloaded
 from engine.frontend.input import InputProcessor, ModelFacts
 from engine.frontend.output import OutputProcessor, Processed, RequestState
+from engine.frontend.pieces import LeadingSpace, Pieces
 from engine.frontend.results import Logprob, RequestOutput
-from engine.frontend.tokenizer import Tokenizer
+from engine.frontend.tokenizer import Tokenizer, load_tokenizer
 from engine.params import RequestOutputKind, SamplingParams
 from engine.request import FinishReason
 
@@ -233,3 +236,28 @@ def test_times(bench: Bench) -> None:
     end = later.finished[0]
     assert (end.num_generated, end.num_prompt, end.max_tokens) == (3, first.num_prompt, 16)
     assert end.e2e_s >= (end.first_token_s or 0) > 0
+
+
+class Exploding(Pieces):
+    """Fails at one token."""
+
+    def bytes(self, token_id: int) -> bytes:
+        if token_id == 77:
+            raise RuntimeError("a bug")
+        return super().bytes(token_id)
+
+
+def test_a_fault_ends_its_own_request_only(folders: dict[str, Path]) -> None:
+    tokenizer = load_tokenizer(folders["byte_level"])
+    tokenizer.pieces = Exploding(tokenizer.backend, {}, str.encode, str.encode, LeadingSpace.KEEP)
+    bench = Bench(tokenizer)
+    states = [bench.add(SamplingParams(n=2), key=10 * i) for i in range(4)]
+    rows = {10 * i + j: [77 if (i, j) == (2, 0) else 60 + j] for i in range(4) for j in range(2)}
+    done = bench.step(rows)
+    assert done.aborts == [20, 21]
+    assert [f.reason for f in done.iteration.finished] == ["error"]
+    with pytest.raises(NotFinished, match="internal error"):
+        states[2].take()
+    done = bench.step({10 * i + j: [62] for i in range(4) for j in range(2)})
+    for i in (0, 1, 3):
+        assert [c.token_ids for c in taken(states[i]).outputs] == [[60, 62], [61, 62]]
