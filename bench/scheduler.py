@@ -347,7 +347,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.soak:
         soak_module = importlib.import_module("bench.soak")
-        soak_module.soak(options.soak, report=True)
+        print(soak_module.soak(options.soak, report=True))
         return
     print("us a step, thread CPU time: schedule + key commits + update + encoding\n")
     for case in cases(options.steps):

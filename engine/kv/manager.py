@@ -99,10 +99,10 @@ class KVManager:
         at = 0
         while length and agreed < len(self.tables):
             shorter = self.tables[at].longest_hit(keys, length, found[at])
-            if not partial:
-                shorter = self._whole_pages(shorter)
-            agreed = 1 if shorter < length else agreed + 1
+            agreed = agreed + 1 if shorter == length else 1
             length = shorter
+            if not partial and self._whole_pages(length) < length:
+                length, agreed = self._whole_pages(length), 0  # a window group has not been asked about this one
             at = (at + 1) % len(self.tables)
         if not length:
             return None

@@ -65,8 +65,8 @@ class ManagerMachine(RuleBasedStateMachine):
         keys = chain_keys(self.kv.root(domain), tokens, self.unit)
         most = (length - 1) // self.unit
         hit = self.kv.find(keys, most, partial=partial)
-        if partial:
-            assert (0 if hit is None else hit.num_units) == self.longest(keys, most)
+        step = 1 if partial else self.kv.tables[0].page_units
+        assert (0 if hit is None else hit.num_units) == self.longest(keys, most, step)
         found = 0 if hit is None else hit.num_units
         assert found * self.unit <= length - 1
         need = self.kv.admission_need(hit, found * self.unit + 1)
@@ -152,8 +152,9 @@ class ManagerMachine(RuleBasedStateMachine):
             tokens[:20] = self.prompt(0, 20)
         return tokens[:length]
 
-    def longest(self, keys: list[bytes], most: int) -> int:
-        for units in range(min(most, len(keys)), 0, -1):
+    def longest(self, keys: list[bytes], most: int, step: int) -> int:
+        """By brute force, of the multiples of `step` units."""
+        for units in range(min(most, len(keys)) // step * step, 0, -step):
             if all(self.serves(table, keys, units, most) for table in self.kv.tables):
                 return units
         return 0
