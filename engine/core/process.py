@@ -120,7 +120,7 @@ class CoreProcess:
         try:
             message = self._decoder.decode(frame)
         except DECODE_ERRORS as error:
-            self._refuse(frame, "invalid_request", error)
+            self._refuse(frame, "invalid_request", first_line(error))
             return
         if isinstance(message, Shutdown):
             self.stopping = True
@@ -128,20 +128,20 @@ class CoreProcess:
         try:
             core.handle(message)
         except RequestError as error:
-            self._refuse(frame, error.code, error)
-        except Exception as error:  # the boundary of one request (R1)
+            self._refuse(frame, error.code, first_line(error))
+        except Exception:  # the boundary of one request (R1)
             if not isinstance(message, AddRequest):
                 raise
             log.exception("request with key %d failed on admission", message.key)
             core.handle(AbortRequests(list(range(message.key, message.key + message.params.n))))
-            self._refuse(frame, "engine_error", error)
+            self._refuse(frame, "engine_error", "internal error on admission")
 
-    def _refuse(self, frame: bytes, code: str, error: Exception) -> None:
+    def _refuse(self, frame: bytes, code: str, reason: str) -> None:
         """Answer for the request that the frame is about, if that can be told."""
-        log.warning("a message was refused: %s", first_line(error))
+        log.warning("a message was refused: %s", reason)
         key = key_of(frame)
         if key is not None:
-            self.send(RequestFailed(key, code, first_line(error)))
+            self.send(RequestFailed(key, code, reason))
 
     def serve(self, core: Core) -> None:
         """Until told to stop: take messages, run a step, send what it gave."""

@@ -28,8 +28,8 @@ MAX_DEPTH = 64  # of nested message fields
 TEMPLATE_ERRORS = (
     jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError
 )  # fmt: skip
-OWN_ARGUMENTS = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
-"""Template variables that have their own argument: not accepted in chat_template_kwargs (documents is)."""
+RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "raise_exception", "strftime_now"})
+"""Names a template reads that are not a client's to set: they have an argument of their own, or are functions."""
 
 
 class GenerationTag(Extension):
@@ -109,7 +109,7 @@ class ChatTemplate:
         return self._tokenizer.encode_guarded(rendered, add_special_tokens)
 
     def _check_kwargs(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-        accepted = self._variables - OWN_ARGUMENTS | {"documents"}
+        accepted = self._variables - RESERVED - set(self._tokenizer.hf.special_tokens_map)
         for name in kwargs:
             if name not in accepted:
                 shown = ", ".join(sorted(accepted)) or "none"

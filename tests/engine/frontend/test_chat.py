@@ -71,6 +71,14 @@ def test_template_variables_and_reserved_names(tokenizers: dict[str, Tokenizer])
             template.render(user("x"), chat_template_kwargs={name: True})
 
 
+def test_only_a_templates_own_variables_can_be_set(tokenizers: dict[str, Tokenizer]) -> None:
+    source = "{{ bos_token }}{% if x %}{{ strftime_now('%Y') }}{% endif %}{{ documents }}{{ raise_exception('no') }}"
+    template = ChatTemplate(tokenizers["byte_level"], source)
+    for name in ("bos_token", "strftime_now", "raise_exception", "y"):
+        with pytest.raises(InvalidValue, match=r"it has: documents, x$"):
+            template.render(user("x"), chat_template_kwargs={name: "<|im_end|>"})
+
+
 def test_continue_final_message(tokenizers: dict[str, Tokenizer]) -> None:
     template = ChatTemplate(tokenizers["byte_level"])
     messages = [*user("x"), *user("def mean(", "assistant")]
