@@ -61,11 +61,11 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """prompts: how many are compared; again: how many of these are asked a second time."""
+    """prompts: how many are compared; again: how many of these are asked again, three times in all."""
 
     prompts: int = 64
     outputs: int = 64
-    again: int = 4
+    again: int = 2
 
 
 FULL = Sizes()
@@ -252,7 +252,7 @@ def request(key: int, prompt: I32, params: SamplingParams) -> AddRequest:
 
 
 def serve_all(loop: CoreLoop, case: Case, sizes: Sizes) -> dict[int, Answer]:
-    """All prompts with a stranger after every second; then some of them again, now that their pages are known."""
+    """All prompts with a stranger after every second; then some of them again."""
     rng = np.random.default_rng(11)
     answers: dict[int, Answer] = {}
     arrivals: list[AddRequest] = []
@@ -262,14 +262,21 @@ def serve_all(loop: CoreLoop, case: Case, sizes: Sizes) -> dict[int, Answer]:
         if key % 2:
             arrivals.append(stranger(STRANGERS + key, case, rng))
     serve(loop, arrivals, answers, rng)
-    again = []
-    for i in range(sizes.again):
-        # the last to arrive ended last: their pages are still there
-        key, prompt = sizes.prompts + i, answers[sizes.prompts - 1 - i].prompt
-        answers[key] = Answer(prompt)
-        again.append(request(key, prompt, greedy(0, sizes)))
-    serve(loop, again, answers, rng)
+    for prompt in sorted((answers[key].prompt for key in answers), key=len)[-1 - sizes.again : -1]:
+        # alone, so that the pages are still there: twice the same, then the conversation goes on
+        for _ in range(2):
+            first = ask(loop, prompt, answers, sizes, rng)
+        longer = np.concatenate((prompt, np.array(first.tokens, np.int32)))[: case.max_model_len - sizes.outputs]
+        ask(loop, longer, answers, sizes, rng)
     return answers
+
+
+def ask(loop: CoreLoop, prompt: I32, answers: dict[int, Answer], sizes: Sizes, rng: np.random.Generator) -> Answer:
+    """One prompt alone."""
+    key = len(answers)
+    answers[key] = Answer(prompt)
+    serve(loop, [request(key, prompt, greedy(0, sizes))], answers, rng)
+    return answers[key]
 
 
 def serve(loop: CoreLoop, arrivals: Iterable[AddRequest], answers: dict[int, Answer], rng: np.random.Generator) -> None:
