@@ -146,18 +146,18 @@ class PageTable:
         counts: I32 = (short[rows] + (self.page_tokens - 1)) // self.page_tokens
         return rows, counts
 
-    def append(self, slots: I32, counts: I32, pages: I32) -> I32:
-        """Give `pages` to rows in order, counts[i] to slots[i] (distinct). Returns the columns, [sum(counts)]."""
+    def append(self, slots: I32, counts: I32, pages: I32) -> tuple[I32, I32]:
+        """Give `pages` to rows in order, counts[i] to slots[i] (distinct). -> (slots, columns) of each page."""
         columns = self.num_columns[slots]
-        owners = slots
+        ends = columns + counts
+        self.num_columns[slots] = ends
+        self.capacity[slots] = ends * self.page_tokens
         if len(pages) != len(slots):
-            starts = np.cumsum(counts) - counts
+            starts = np.cumsum(counts, dtype=np.int32) - counts
             columns = np.repeat(columns - starts, counts) + np.arange(len(pages), dtype=np.int32)
-            owners = np.repeat(slots, counts)
-        self.pages[owners, columns] = pages
-        self.num_columns[slots] += counts
-        self.capacity[slots] += counts * self.page_tokens
-        return columns.astype(np.int32, copy=False)
+            slots = np.repeat(slots, counts)
+        self.pages[slots, columns] = pages
+        return slots, columns
 
     def trim(self, slots: I32, positions: I32) -> None:
         """Release the pages that no query at or after positions[i] of slots[i] sees. WINDOW groups only."""

@@ -167,7 +167,7 @@ class KVManager:
         for table in self.tables:
             missing = table.missing(slots, ends)
             if missing is not None:
-                count = int(missing[1].sum())
+                count = int(np.add.reduce(missing[1]))
                 need[table.pool_id] += count
                 parts.append((table, missing, count))
         if not parts:
@@ -176,10 +176,7 @@ class KVManager:
             return False
         for table, (rows, counts), count in parts:
             pages = self._take(table, count)
-            owners = slots[rows]
-            columns = table.append(owners, counts, pages)
-            if count != len(owners):
-                owners = np.repeat(owners, counts)
+            owners, columns = table.append(slots[rows], counts, pages)
             self._pending.deltas[table.group].append((owners, columns, pages))
         return True
 

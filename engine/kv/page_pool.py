@@ -98,22 +98,26 @@ class PagePool:
             return
         np.subtract.at(self.refs, pages, 1)
         left = self.refs[pages]
-        check(left.min() >= 0, "a page was released more often than held")
-        free = pages[left == 0]
+        free = pages
+        if np.count_nonzero(left):
+            check(int(np.minimum.reduce(left)) >= 0, "a page was released more often than held")
+            free = pages[left == 0]
         if len(free) > 1:
             # a page named by several holds returns once: each entry finds who wrote last
             index = np.arange(len(free), dtype=np.int32)
             self._scratch[free] = index
-            free = free[self._scratch[free] == index]
+            last = self._scratch[free] == index
+            if np.count_nonzero(last) < len(free):
+                free = free[last]
         if len(free):
             self._give_back(free)
 
     def _give_back(self, pages: I32) -> None:
         keyed = self.num_keys[pages] > 0
-        cached = pages[keyed]
-        count = len(cached)
+        count = int(np.count_nonzero(keyed))
+        cached = pages
         if count < len(pages):
-            blank = pages[~keyed]
+            cached, blank = pages[keyed], pages[~keyed]
             self._blank[self._num_blank : self._num_blank + len(blank)] = blank
             self._num_blank += len(blank)
         if not count:

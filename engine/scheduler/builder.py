@@ -38,22 +38,25 @@ class PlanBuilder:
     def build(self, rows: ChosenRows, opened: list[tuple[int, int]]) -> InFlight:
         """opened: (slot, tokens computed before) of rows that begin in this step."""
         state, table = self._state, self._state.table
+        count = len(rows.slots)
         if self._steady is not None and self._changes == state.changes:
             buffers, logit_rows = fill_steady(self._ring, table, rows, self._steady)
-            sampler, num_logprobs = self._steady.sampler, self._steady.num_logprobs
+            sampler, num_logprobs, bucket = self._steady.sampler, self._steady.num_logprobs, self._steady.bucket
+            num_tokens = count
         else:
+            num_tokens = int(np.add.reduce(rows.new))
             buffers, logit_rows, sampling = fill_rows(self._ring, table, rows)
-            choice = sampler, num_logprobs = choose_sampler(table, sampling)
+            sampler, num_logprobs = choose_sampler(table, sampling)
+            bucket = choose_bucket(state.config, num_tokens, count)
             self._steady, self._changes = None, state.changes
-            if len(rows.slots) == len(state.running):
-                self._steady = find_steady(table, rows, sampling, choice)
-        count, num_tokens = len(rows.slots), int(np.add.reduce(rows.new))
+            if count == len(state.running):
+                self._steady = find_steady(table, rows, sampling, (sampler, num_logprobs, bucket))
         copies, held = state.kv.take_copies()
         scores, scored = score_prompts(table, rows)
         state.counters.steps += 1
         plan = StepPlan(
             step_id=state.counters.steps,
-            bucket=choose_bucket(state.config, num_tokens, count),
+            bucket=bucket,
             slots=buffers.slots[:count],
             generation=buffers.generation[:count],
             num_computed=buffers.num_computed[:count],

@@ -13,7 +13,7 @@ import numpy as np
 from engine.scheduler.budget import ChosenRows
 from engine.scheduler.plan import PlanBuffers, PlanRing
 from engine.scheduler.table import RowTable
-from engine.step import I32, LAST_TOKEN, Sampler
+from engine.step import I32, LAST_TOKEN, Bucket, Sampler
 
 
 @dataclass(slots=True)
@@ -24,6 +24,7 @@ class SteadyRows:
     turns_left: int  # steps until a row has all the tokens it may have
     sampler: Sampler
     num_logprobs: int
+    bucket: Bucket
 
     def next(self, ones: I32) -> ChosenRows:
         """The same rows, one token on. ones: i32 [>= S]."""
@@ -34,7 +35,9 @@ class SteadyRows:
         return ChosenRows(self.slots, computed, ones[:count], count, self.ends)
 
 
-def find_steady(table: RowTable, rows: ChosenRows, sampling: I32, choice: tuple[Sampler, int]) -> SteadyRows | None:
+def find_steady(
+    table: RowTable, rows: ChosenRows, sampling: I32, choice: tuple[Sampler, int, Bucket]
+) -> SteadyRows | None:
     """What the step after `rows` may repeat; None unless all running rows decode and sample in it."""
     slots = rows.slots
     if len(sampling) != len(slots) or rows.num_single != len(slots):
