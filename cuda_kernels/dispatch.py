@@ -28,7 +28,7 @@ class Work:
     num_new: Sequence[int]  # [S]
     num_computed: Sequence[int]  # [S] tokens in the cache before this step
     write_at: Tensor  # i64 [T] page * page_tokens + offset of each token
-    decodes: tuple[plain.DecodeGroup, ...]  # rows with one new token, rows of like length together
+    decodes: tuple[plain.Gather, ...]  # rows with one new token, rows of like length together
 
 
 def cache_shape(

@@ -1,9 +1,10 @@
 """Ragged paged attention in plain torch: runs anywhere, the reference of every other kernel.
 
 Rows with one new token (decode) are gathered in groups of like length, the query heads of a KV head folded into the
-query length; rows with more (prefill) go tile by tile over their own pages. Work is proportional to tokens attended,
-padded to the longest row of a group.
-Letters: T tokens · S rows · N query heads · K KV heads · G = N / K · H head size · C keys.
+query length; which pages and keys they read is worked out once a step, for all layers (`decode_groups`, `gathers`).
+Rows with more (prefill) attend causally to themselves where that is all they see, else tile by tile over their own
+pages. Work is proportional to tokens attended, padded to the longest row of a group.
+Letters: T tokens · S rows · N query heads · K KV heads · G = N / K · H head size · C keys · R rows of a group.
 """
 
 from __future__ import annotations
@@ -22,13 +23,24 @@ GROUP_SPREAD = 64  # keys by which rows of a group may differ, beyond half of th
 
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
-    """Decode rows attended together."""
+    """Decode rows attended together, in the order of the step."""
 
     rows: Tensor  # i64 [R] row of the step
-    tokens: Tensor  # i64 [R] token of the step
+    tokens: Tensor | slice  # token of the step: i64 [R], or a slice where they follow each other
     lengths: Tensor  # i64 [R] keys of each row, this step's own included
     longest: int
     shortest: int
+
+
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """What a decode group reads of one page table: keys [first, last) of the pages `columns`, a row's side by side."""
+
+    tokens: Tensor | slice
+    columns: Tensor  # i64 [R * pages of a row]
+    first: int
+    last: int
+    bias: Tensor | None  # [R, 1, C] of the activations' dtype, 0 = seen, -inf = not; None = all are seen
 
 
 def decode_groups(
@@ -45,10 +57,36 @@ def decode_groups(
             groups.append([row])
     made = []
     for group in groups:
-        lengths = [num_computed[row] + 1 for row in group]
-        numbers = torch.tensor([group, [query_starts[row] for row in group], lengths])
+        group.sort()
+        tokens, lengths = [query_starts[row] for row in group], [num_computed[row] + 1 for row in group]
+        numbers = torch.tensor([group, tokens, lengths])
         numbers = (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)
-        made.append(DecodeGroup(numbers[0], numbers[1], numbers[2], lengths[0], lengths[-1]))
+        together = tokens[-1] - tokens[0] + 1 == len(tokens)  # rows with more tokens may lie between
+        where = slice(tokens[0], tokens[-1] + 1) if together else numbers[1]
+        made.append(DecodeGroup(numbers[0], where, numbers[2], max(lengths), min(lengths)))
+    return tuple(made)
+
+
+def gathers(
+    groups: Sequence[DecodeGroup], page_table: Tensor, page_tokens: int, window: int | None, dtype: torch.dtype
+) -> tuple[Gather, ...]:
+    """The groups' reads of one page table, i64 [S, max_pages]. dtype: of the activations."""
+    made = []
+    for group in groups:
+        begin = 0 if window is None else max(0, group.shortest - window) // page_tokens * page_tokens
+        columns = page_table[group.rows, begin // page_tokens : -(-group.longest // page_tokens)].reshape(-1)
+        first, last = 0, group.longest - begin
+        bias = None
+        if group.shortest == group.longest:
+            first = 0 if window is None else max(0, group.longest - window) - begin
+        else:
+            position = torch.arange(begin, group.longest, device=page_table.device)
+            hidden = position >= group.lengths[:, None]  # [R, C]
+            if window is not None:
+                hidden |= position < group.lengths[:, None] - window
+            bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+            bias = bias[:, None]
+        made.append(Gather(group.tokens, columns, first, last, bias))
     return tuple(made)
 
 
@@ -64,49 +102,59 @@ def paged_attention(
     num_new: Sequence[int],
     num_computed: Sequence[int],
     write_at: Tensor,
-    decodes: tuple[DecodeGroup, ...],
+    decodes: Sequence[Gather],
     scale: float,
     window: int | None,
     logit_cap: float | None,
 ) -> Tensor:
-    """Arguments as dispatch.paged_attention and dispatch.Work have them; cache is one layer's: [2, K, P * page, H]."""
-    cache[0].index_copy_(1, write_at, k.transpose(0, 1).to(cache.dtype))
-    cache[1].index_copy_(1, write_at, v.transpose(0, 1).to(cache.dtype))
+    """Arguments as dispatch.paged_attention and dispatch.Work have them; cache is one layer's: [2, K, P * page, H].
+
+    What is not finite is stored as 0: pages outlive their tenants, and 0 * NaN behind a mask would reach a neighbour.
+    The row itself is told by its hidden states, which stay as they are.
+    """
+    k, v = (torch.nan_to_num(x, 0.0, 0.0, 0.0).to(cache.dtype) for x in (k, v))
+    cache[0].index_copy_(1, write_at, k.transpose(0, 1))
+    cache[1].index_copy_(1, write_at, v.transpose(0, 1))
     pages = cache.view(2, cache.shape[1], -1, page_tokens * cache.shape[3])  # [2, K, P, page * H]
-    limits = (scale, window, logit_cap)
+    if len(decodes) == 1 and decodes[0].tokens == slice(0, len(q)):
+        return attend_decode(q, pages, decodes[0], scale, logit_cap)
     out = torch.zeros_like(q)
     for group in decodes:
-        out[group.tokens] = attend_decode(q[group.tokens], pages, page_table, page_tokens, group, limits)
+        out[group.tokens] = attend_decode(q[group.tokens], pages, group, scale, logit_cap)
+    limits = (scale, window, logit_cap)
     for row, (start, new, computed) in enumerate(zip(query_starts, num_new, num_computed, strict=True)):
-        for at in range(0, new if new > 1 else 0, TILE_TOKENS):
-            count = min(TILE_TOKENS, new - at)
-            tile = slice(start + at, start + at + count)
+        if new == 1:
+            continue
+        if computed == 0 and logit_cap is None and (window is None or window >= new):
+            own = slice(start, start + new)
+            out[own] = attend_causal(q[own], k[own], v[own], scale)
+            continue
+        for at in range(0, new, TILE_TOKENS):
+            tile = slice(start + at, start + min(at + TILE_TOKENS, new))
             out[tile] = attend_tile(q[tile], pages, page_table[row], page_tokens, computed + at, limits)
     return out
 
 
-def attend_decode(
-    q: Tensor,
-    pages: Tensor,
-    page_table: Tensor,
-    page_tokens: int,
-    group: DecodeGroup,
-    limits: tuple[float, int | None, float | None],
-) -> Tensor:
+def attend_decode(q: Tensor, pages: Tensor, group: Gather, scale: float, cap: float | None) -> Tensor:
     """q: [R, N, H] -> [R, N, H]."""
-    scale, window, cap = limits
     rows, heads, size = q.shape
     kv_heads = pages.shape[1]
-    first = 0 if window is None else max(0, group.shortest - window) // page_tokens
-    columns = page_table[group.rows, first : -(-group.longest // page_tokens)].reshape(-1)
-    keys, values = (part.index_select(1, columns).view(kv_heads, rows, -1, size) for part in pages)  # [K, R, C, H]
-    position = torch.arange(first * page_tokens, first * page_tokens + keys.shape[2], device=q.device)
-    seen = position < group.lengths[:, None]  # [R, C]
-    if window is not None:
-        seen &= position >= group.lengths[:, None] - window
+    keys, values = (
+        part.index_select(1, group.columns).view(kv_heads, rows, -1, size)[:, :, group.first : group.last]
+        for part in pages
+    )  # [K, R, C, H]
     folded = q.view(rows, kv_heads, heads // kv_heads, size).transpose(0, 1)  # [K, R, G, H]
-    out = attend(folded, keys, values, seen[None, :, None, :], scale, cap)
+    out = attend(folded, keys, values, None if group.bias is None else group.bias[None], scale, cap)
     return out.transpose(0, 1).reshape(rows, heads, size)
+
+
+def attend_causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """A prompt from its first token on. q: [n, N, H]; k, v: [n, K, H], as stored -> [n, N, H]."""
+    keys, values = (x.to(q.dtype).transpose(0, 1)[None] for x in (k, v))
+    out = functional.scaled_dot_product_attention(
+        q.transpose(0, 1)[None], keys, values, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out[0].transpose(0, 1)
 
 
 def attend_tile(
@@ -128,27 +176,24 @@ def attend_tile(
     keys, values = (
         part.index_select(1, columns).view(kv_heads, -1, size)[:, : end - begin] for part in pages
     )  # [K, C, H]
-    group = heads // kv_heads
-    folded = q.transpose(0, 1)[None]  # [1, N, n, H]
-    if position == 0 and cap is None and (window is None or window >= end):
-        out = functional.scaled_dot_product_attention(
-            folded, keys[None], values[None], is_causal=True, scale=scale, enable_gqa=group > 1
-        )
-        return out[0].transpose(0, 1)
     query = torch.arange(position, end, device=q.device)[:, None]
     key = torch.arange(begin, end, device=q.device)
-    seen = key <= query
+    hidden = key > query
     if window is not None:
-        seen &= key > query - window
+        hidden |= key <= query - window
+    bias = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill_(hidden, -torch.inf)
+    group = heads // kv_heads
     keys, values = (x[:, None].expand(-1, group, -1, -1).reshape(1, heads, -1, size) for x in (keys, values))
-    return attend(folded, keys, values, seen[None, None], scale, cap)[0].transpose(0, 1)
+    return attend(q.transpose(0, 1)[None], keys, values, bias, scale, cap)[0].transpose(0, 1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, cap: float | None) -> Tensor:
-    """Masked softmax attention over the last two axes; k and v may be of another dtype than q."""
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, cap: float | None) -> Tensor:
+    """Softmax attention over the last two axes, bias added to the scores; k and v may be of another dtype than q."""
     k, v = k.to(q.dtype), v.to(q.dtype)
     if cap is None:
-        return functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     scores = torch.matmul(q, k.transpose(-1, -2)).float() * scale
-    scores = (cap * torch.tanh(scores / cap)).masked_fill(~seen, -torch.inf)
+    scores = cap * torch.tanh(scores / cap)
+    if bias is not None:
+        scores = scores + bias
     return torch.matmul(scores.softmax(-1).to(q.dtype), v)

@@ -65,6 +65,11 @@ class Decoder(nn.Module):
         )
         self.final_norm = params["final_norm"]  # [D]
         self.head = params["embed"] if spec.tied_embeddings else params["head"]  # [V, D]
+        self.frequencies: dict[arch.RopeSpec, tuple[Tensor, float]] = {}
+        for layer in spec.layers:
+            if layer.mixer.rope is not None and layer.mixer.rope not in self.frequencies:
+                inv_freq, attention_scale = frequencies(layer.mixer.rope, max_model_len)
+                self.frequencies[layer.mixer.rope] = torch.from_numpy(inv_freq).to(self.embed.device), attention_scale
 
     def forward(
         self,
@@ -90,12 +95,9 @@ class Decoder(nn.Module):
     def turns(self, positions: Tensor) -> dict[arch.RopeSpec | None, tuple[Tensor | None, Tensor | None]]:
         """cos and sin, f32 [T, R / 2], of each kind of rope among the layers. positions: i64 [T]."""
         turns: dict[arch.RopeSpec | None, tuple[Tensor | None, Tensor | None]] = {None: (None, None)}
-        for layer in self.spec.layers:
-            rope = layer.mixer.rope
-            if rope not in turns:
-                inv_freq, attention_scale = frequencies(rope, self.max_model_len)
-                angles = positions.float()[:, None] * torch.from_numpy(inv_freq).to(positions.device)
-                turns[rope] = (torch.cos(angles) * attention_scale, torch.sin(angles) * attention_scale)
+        for rope, (inv_freq, attention_scale) in self.frequencies.items():
+            angles = positions.float()[:, None] * inv_freq
+            turns[rope] = (torch.cos(angles) * attention_scale, torch.sin(angles) * attention_scale)
         return turns
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -22,27 +22,28 @@ ACTIVATIONS = {
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     """x / rms(x) * (weight + offset) over the last axis. x: [..., D]; weight: [D]."""
-    if x.dtype == torch.float32 and offset == 0.0:
-        return functional.rms_norm(x, weight.shape, weight, eps)
-    wide = x.float()
-    scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (scaled * (weight.float() + offset)).to(x.dtype)
+    wide = functional.rms_norm(x.float(), weight.shape, weight.float() + offset if offset else weight.float(), eps)
+    return wide.to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the first R dims of each head, halves convention. x: [T, N, H]; cos, sin: f32 [T, R / 2]."""
     half = cos.shape[-1]
     cos, sin = cos[:, None, :], sin[:, None, :]
-    first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
-    wide_first, wide_second = first.float(), second.float()
-    turned = (wide_first * cos - wide_second * sin, wide_second * cos + wide_first * sin)
-    return torch.cat([part.to(x.dtype) for part in turned] + [rest], dim=-1)
+    wide = x.float()
+    first, second = wide[..., :half], wide[..., half : 2 * half]
+    turned = (
+        torch.addcmul(first * cos, second, sin, value=-1),
+        torch.addcmul(second * cos, first, sin),
+        wide[..., 2 * half :],
+    )
+    return torch.cat(turned, dim=-1).to(x.dtype)
 
 
 def embed(token_ids: Tensor, table: Tensor, scale: float) -> Tensor:
     """Rows of the table, times scale rounded to the table's dtype. token_ids: i64 [T] in [0, V); table: [V, D]."""
     rows = functional.embedding(token_ids, table)
-    return rows if scale == 1.0 else rows * torch.tensor(scale, dtype=table.dtype)
+    return rows if scale == 1.0 else rows * float(torch.tensor(scale, dtype=table.dtype))
 
 
 def head(hidden: Tensor, table: Tensor, spec: ArchSpec) -> Tensor:

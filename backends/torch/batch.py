@@ -13,7 +13,7 @@ from torch import Tensor
 
 from backends.torch.tables import Tables
 from cuda_kernels.dispatch import Work
-from cuda_kernels.paged_attention import decode_groups
+from cuda_kernels.paged_attention import decode_groups, gathers
 from engine.specs.cache import CacheLayout
 from engine.step import StepPlan, query_starts
 
@@ -55,10 +55,10 @@ def pack(plan: StepPlan, tables: Tables) -> Batch:
     )
 
 
-def works_of(batch: Batch, tables: Tables, layout: CacheLayout) -> list[Work]:
-    """The attention work of each group."""
+def works_of(batch: Batch, tables: Tables, layout: CacheLayout, dtype: torch.dtype) -> list[Work]:
+    """The attention work of each group. dtype: of the activations."""
     device = batch.slots.device
-    decodes = decode_groups(batch.starts, batch.num_new, batch.num_computed, device)
+    together = decode_groups(batch.starts, batch.num_new, batch.num_computed, device)
     works = []
     for group, pages in zip(layout.groups, tables.pages, strict=True):
         table = pages[batch.slots]  # [S, max_pages]
@@ -71,7 +71,7 @@ def works_of(batch: Batch, tables: Tables, layout: CacheLayout) -> list[Work]:
                 num_new=batch.num_new,
                 num_computed=batch.num_computed,
                 write_at=page * group.page_tokens + batch.index % group.page_tokens,
-                decodes=decodes,
+                decodes=gathers(together, table, group.page_tokens, group.spec.window, dtype),
             )
         )
     return works
@@ -82,6 +82,10 @@ def known_ids(batch: Batch, tables: Tables, vocab_size: int) -> tuple[Tensor, Te
     last = tables.last_token[batch.slots[batch.token_rows]]
     ids = torch.where(batch.token_ids == -1, last, batch.token_ids)
     outside = (ids < 0) | (ids >= vocab_size)
-    bad = torch.zeros(len(batch.starts), dtype=torch.int64, device=ids.device)
-    bad.index_add_(0, batch.token_rows, outside.long())
-    return ids.clamp(0, vocab_size - 1), bad > 0
+    return ids.clamp(0, vocab_size - 1), rows_with(batch, outside)
+
+
+def rows_with(batch: Batch, flags: Tensor) -> Tensor:
+    """bool [S]: rows with any flagged token. flags: bool [T]."""
+    counts = torch.zeros(len(batch.starts), dtype=torch.int64, device=flags.device)
+    return counts.index_add_(0, batch.token_rows, flags.long()) > 0

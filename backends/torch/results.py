@@ -23,16 +23,17 @@ class Outcome:
 
     logits: Tensor  # f32 [L, V]
     bad: Tensor  # bool [S] rows whose token ids were clamped
+    broken: Tensor  # bool [S] rows with a hidden state that is not finite, at any of their tokens
     prompt_scores: list[Scores] = field(default_factory=list)
-    packed: Tensor | None = None  # i64 [2L + S] on the host: tokens, non-finite flags, bad flags
+    packed: Tensor | None = None  # i64 [2L + 2S] on the host: tokens, non-finite logits, broken, bad
     scores: Scores | None = None
     ready: torch.cuda.Event | None = None
 
     def finish(self, tokens: Tensor, scores: Scores | None) -> None:
         """Begin the copy to the host."""
         # +inf and NaN are not less than +inf; -inf is lawful
-        broken = ~(self.logits < torch.inf).all(dim=1)
-        packed = torch.cat([tokens, broken.long(), self.bad.long()])
+        unfit = ~(self.logits < torch.inf).all(dim=1)
+        packed = torch.cat([tokens, unfit.long(), self.broken.long(), self.bad.long()])
         self.packed = packed.to("cpu", non_blocking=True)
         self.scores = scores
         if packed.is_cuda:
@@ -52,7 +53,8 @@ def read_result(plan: StepPlan, sampling_rows: I32, poisoned: I32, outcome: Outc
     num_sampled[sampling_rows] = 1
     tokens[sampling_rows, 0] = packed[:count]
     error[sampling_rows[packed[count : 2 * count] != 0]] = RowError.NON_FINITE
-    error[packed[2 * count :] != 0] = RowError.BAD_TOKEN_ID
+    error[packed[2 * count : 2 * count + plan.num_rows] != 0] = RowError.NON_FINITE
+    error[packed[2 * count + plan.num_rows :] != 0] = RowError.BAD_TOKEN_ID
     error[poisoned] = RowError.BAD_TOKEN_ID
     return StepResult(
         step_id=plan.step_id,

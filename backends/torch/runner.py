@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from backends.torch import device as devices
-from backends.torch.batch import Batch, known_ids, pack, works_of
+from backends.torch.batch import Batch, known_ids, pack, rows_with, works_of
 from backends.torch.plans import check_plan
 from backends.torch.results import Outcome, Scores, read_result
 from backends.torch.sample import argmax, pick, score
@@ -84,6 +84,7 @@ class Runner:
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         if self._device.type == "cpu":
+            devices.keep_freed_memory()
             self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="twinfer-torch")
         self._generation = np.full(config.max_slots, CLOSED, np.int64)
         self._uses = np.zeros(config.max_slots, np.int32)
@@ -294,12 +295,14 @@ class Runner:
             self._copy_pages(plan)
         ids, bad = known_ids(batch, tables, self._config.arch.vocab_size)
         if plan.num_rows:
-            works = works_of(batch, tables, self._layout)
+            works = works_of(batch, tables, self._layout, decoder.embed.dtype)
             hidden, _ = decoder(ids, batch.positions, self._caches, self._places, works)
         else:
             hidden = torch.zeros(0, self._config.arch.hidden_size, device=self._device, dtype=decoder.embed.dtype)
         logits = decoder.logits(hidden[batch.logit_rows])
-        step.outcome = Outcome(logits=logits, bad=bad, prompt_scores=self._score_prompt(decoder, hidden, plan))
+        broken = rows_with(batch, ~hidden.sum(dim=1, dtype=torch.float32).isfinite())
+        scores = self._score_prompt(decoder, hidden, plan)
+        step.outcome = Outcome(logits=logits, bad=bad, broken=broken, prompt_scores=scores)
 
     def _score_prompt(self, decoder: Decoder, hidden: Tensor, plan: StepPlan) -> list[Scores]:
         scored, pieces = plan.prompt_logprobs, []

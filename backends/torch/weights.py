@@ -1,7 +1,7 @@
 """How this backend stores parameters: the Storage table, logical -> stored, and the loader that goes through it.
 
 q, k and v are rows of one tensor, gate and up of another: fewer and larger products. Everything else is stored as it is
-named, [out, in], in the activation dtype. Called by the runner's load.
+named, [out, in], in the activation dtype, but norm weights in float32, as they are used. Called by the runner's load.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def load_params(
     for param, raw in stream:
         name, start, shape = places[param.name]
         if name not in flat:
-            flat[name] = torch.empty(shape, dtype=DTYPES[dtype], device=device)
+            stored = torch.float32 if name.endswith("norm") else DTYPES[dtype]
+            flat[name] = torch.empty(shape, dtype=stored, device=device)
         flat[name][start : start + param.shape[0]].copy_(as_tensor(raw))
         rows_left[name] -= param.shape[0]
     missing = sorted(name for name, left in rows_left.items() if left)
