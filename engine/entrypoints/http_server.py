@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -113,6 +114,19 @@ def bind(settings: ServerSettings) -> socket.socket:
             raise StartupError(f"--port: {settings.port} is in use; choose another with --port") from None
         raise StartupError(f"--host: cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
     return sock
+
+
+def check_tls(settings: ServerSettings) -> None:
+    """Raises StartupError when key and certificate cannot be used, before anything is loaded."""
+    if settings.ssl_certfile is None:
+        return
+    for flag, name in (("--ssl-certfile", settings.ssl_certfile), ("--ssl-keyfile", settings.ssl_keyfile)):
+        if name is None or not os.access(name, os.R_OK):
+            raise StartupError(f"{flag}: cannot read {name!r}")
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile)
+    except ssl.SSLError as error:
+        raise StartupError(f"--ssl-certfile: certificate and key cannot be used: {error.reason}") from None
 
 
 def url_of(settings: ServerSettings, sock: socket.socket) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from engine.config import EngineConfig
 from engine.core.messages import CoreReady
 from engine.entrypoints.http import create_app
-from engine.entrypoints.http_server import HttpServer, bind, url_of
+from engine.entrypoints.http_server import HttpServer, bind, check_tls, url_of
 from engine.entrypoints.settings import ServerSettings
 from engine.entrypoints.version import version
 from engine.frontend.async_engine import AsyncEngine
@@ -53,6 +53,7 @@ def serve(config: EngineConfig, settings: ServerSettings) -> int:
 
 async def run_server(config: EngineConfig, settings: ServerSettings) -> int:
     raise_file_limit()
+    check_tls(settings)
     sock = bind(settings)
     engine = AsyncEngine(config)
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.core.messages import CoreReady
-from engine.entrypoints.http_server import bind, url_of
+from engine.entrypoints.http_server import bind, check_tls, url_of
 from engine.entrypoints.serve import banner
 from engine.entrypoints.settings import ServerSettings
 from engine.errors import StartupError
@@ -47,6 +47,16 @@ def test_unix_sockets(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="--uds: cannot listen on"):
         bind(ServerSettings(uds=str(precious)))
     assert precious.read_text() == "kept"
+
+
+def test_tls_files_that_cannot_be_used(tmp_path: Path) -> None:
+    check_tls(ServerSettings())
+    good, missing = tmp_path / "c.pem", str(tmp_path / "none.pem")
+    good.write_text("no certificate")
+    with pytest.raises(StartupError, match="--ssl-keyfile: cannot read"):
+        check_tls(ServerSettings(ssl_certfile=str(good), ssl_keyfile=missing))
+    with pytest.raises(StartupError, match="--ssl-certfile: certificate and key cannot be used"):
+        check_tls(ServerSettings(ssl_certfile=str(good), ssl_keyfile=str(good)))
 
 
 def test_banner() -> None:
