@@ -8,7 +8,6 @@ receives.
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 import weakref
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from engine.core.messages import (
     StartupProgress,
     ToCore,
 )
-from engine.core.sockets import open_reader, open_writer, private_folder
+from engine.core.sockets import PrivateFolder, open_reader, open_writer
 from engine.errors import EngineDead, InvalidValue, StartupError
 
 OnProgress = Callable[[StartupProgress], None]
@@ -74,9 +73,9 @@ class ProcessClient:
         return None if self._child is None else self._child.pid
 
     def start(self, config: EngineConfig, model_path: Path, progress: OnProgress | None = None) -> CoreReady:
-        self._folder = private_folder()
+        self._folder = PrivateFolder()
         self._context = zmq.Context(io_threads=1)
-        to_core, from_core = self._folder / "to_core", self._folder / "from_core"
+        to_core, from_core = self._folder.path / "to_core", self._folder.path / "from_core"
         self._inbox = open_reader(self._context, from_core)
         self._outbox = open_writer(self._context, to_core, 0)
         launch = CoreLaunch(config, str(model_path), str(to_core), str(from_core), os.getpid())
@@ -163,11 +162,14 @@ class ProcessClient:
         self._inbox.close()
         self._outbox.close()
         self._context.term()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.remove()
 
 
 def abandon(
-    child: CoreChild, context: zmq.Context[zmq.Socket[bytes]], sockets: tuple[zmq.Socket[bytes], ...], folder: Path
+    child: CoreChild,
+    context: zmq.Context[zmq.Socket[bytes]],
+    sockets: tuple[zmq.Socket[bytes], ...],
+    folder: PrivateFolder,
 ) -> None:
     """What is left to do when a client was dropped without close, or at interpreter exit.
 
@@ -177,4 +179,4 @@ def abandon(
     for socket in sockets:
         socket.close(linger=0)
     context.term()
-    shutil.rmtree(folder, ignore_errors=True)
+    folder.remove()

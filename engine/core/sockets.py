@@ -6,8 +6,13 @@ queues while nobody listens (a bound one would wait for a peer, for ever once th
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
+import shutil
 import stat
 import tempfile
+import time
 from pathlib import Path
 
 import zmq
@@ -15,6 +20,9 @@ import zmq
 from engine.core.messages import MAX_FRAME_BYTES
 
 MAX_PATH_BYTES = 100  # sun_path of a UNIX socket takes 107
+PREFIX = "twinfer-"
+LOCK = "lock"
+SWEEP_AGE_S = 60.0
 
 
 def open_reader(context: zmq.Context[zmq.Socket[bytes]], path: str | Path) -> zmq.Socket[bytes]:
@@ -38,10 +46,37 @@ def open_writer(context: zmq.Context[zmq.Socket[bytes]], path: str | Path, linge
     return socket
 
 
-def private_folder() -> Path:
-    """A new directory with mode 0700, with a path short enough for UNIX sockets."""
-    folder = Path(tempfile.mkdtemp(prefix="twinfer-"))
-    if len(bytes(folder)) > MAX_PATH_BYTES - len("/from_core"):
-        folder.rmdir()
-        folder = Path(tempfile.mkdtemp(prefix="twinfer-", dir="/tmp"))
-    return folder
+class PrivateFolder:
+    """A new directory with mode 0700, its path short enough for UNIX sockets, locked while its maker lives.
+
+    A maker that is killed cannot clean up: the next one removes what nobody holds a lock on any more.
+    """
+
+    def __init__(self) -> None:
+        parent = Path(tempfile.gettempdir())
+        if len(bytes(parent)) > MAX_PATH_BYTES - len("/twinfer-12345678/from_core"):
+            parent = Path("/tmp")
+        sweep(parent)
+        self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+def sweep(parent: Path) -> None:
+    """Remove our folders in `parent` whose makers are gone. Errors are no matter: somebody else was faster."""
+    for folder in parent.glob(PREFIX + "*"):
+        with contextlib.suppress(OSError):
+            facts = folder.lstat()
+            # a fresh one may not be locked yet
+            if facts.st_uid != os.getuid() or time.time() - facts.st_mtime < SWEEP_AGE_S:
+                continue
+            lock = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)

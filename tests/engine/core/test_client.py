@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
 import signal
@@ -22,6 +23,7 @@ from engine.config import EngineConfig, ModelConfig
 from engine.core.client import CoreClient, ProcessClient
 from engine.core.in_process import InProcessClient
 from engine.core.messages import AddRequest, FromCore, Ping, Reply, RequestFailed, StartupProgress, StepOutputs
+from engine.core.sockets import sweep
 from engine.errors import EngineDead, StartupError
 from engine.params import SamplingParams
 from tests.engine.core.echo_core import VOCAB, build
@@ -181,9 +183,9 @@ def test_a_bug_on_admission_ends_one_request() -> None:
 
 def test_sockets_are_private() -> None:
     client = started()
-    folder = client._folder
+    folder = client._folder.path
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert sorted(p.name for p in folder.iterdir()) == ["from_core", "to_core"]
+    assert sorted(p.name for p in folder.iterdir()) == ["from_core", "lock", "to_core"]
     assert all(stat.S_IMODE(p.stat().st_mode) == 0o600 for p in folder.iterdir())
     assert psutil.Process(client.pid).net_connections("inet") == []
     client.close()
@@ -209,7 +211,7 @@ from pathlib import Path
 from tests.engine.core.test_client import started, add
 client = started()
 client.send(add(1, [1, 2], max_tokens=10**9))
-print(client.pid, client._folder, flush=True)
+print(client.pid, client._folder.path, flush=True)
 time.sleep(60)
 """
 
@@ -233,7 +235,7 @@ def test_no_orphan_when_the_parent_dies(how: signal.Signals) -> None:
 
 def test_a_dropped_client_takes_its_core_along() -> None:
     client = started()
-    pid, folder = client.pid, client._folder
+    pid, folder = client.pid, client._folder.path
     assert pid is not None
     cycle = [client]
     cycle.append(cycle)  # type: ignore[arg-type]
@@ -244,6 +246,21 @@ def test_a_dropped_client_takes_its_core_along() -> None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert not folder.exists()
+
+
+def test_folders_of_killed_makers_are_swept(tmp_path: Path) -> None:
+    held, dead, fresh, foreign = (tmp_path / name for name in ("twinfer-1", "twinfer-2", "twinfer-3", "other-4"))
+    for folder in (held, dead, fresh, foreign):
+        folder.mkdir()
+        (folder / "lock").touch()
+        os.utime(folder, (1, 1))
+    os.utime(fresh)
+    with (held / "lock").open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        sweep(tmp_path)
+        assert sorted(tmp_path.iterdir()) == sorted([held, fresh, foreign])
+    sweep(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([fresh, foreign])
 
 
 def test_receive_without_traffic_returns_in_time() -> None:
