@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from numpy.typing import NDArray
@@ -69,8 +70,9 @@ class Sizes:
 
 
 FULL = Sizes()
+QUICK = Sizes(prompts=24)
 
-CASES = (
+FAMILY_CASES = (
     Case(name="llama", family="llama"),
     Case(name="mistral", family="mistral", pages=10),
     Case(name="qwen2", family="qwen2"),
@@ -78,6 +80,9 @@ CASES = (
     Case(name="gemma2", family="gemma2"),
     Case(name="gemma3", family="gemma3"),
     Case(name="phi3", family="phi3", pages=11),
+)
+
+ROPE_CASES = (
     *(
         Case(name=f"llama-{kind}", family="llama", overrides={"rope_parameters": rope})
         for kind, rope in ROPES.items()
@@ -105,6 +110,13 @@ CASES = (
         pages=11,
     ),
 )
+
+RUNS = (
+    *(pytest.param(case, FULL, id=case.name) for case in FAMILY_CASES),
+    *(pytest.param(case, QUICK, id=case.name) for case in ROPE_CASES),
+    *(pytest.param(case, FULL, id=f"{case.name}-full", marks=pytest.mark.slow) for case in ROPE_CASES),
+)
+"""What both backends' tests run."""
 
 
 @dataclass(slots=True)

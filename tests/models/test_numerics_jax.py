@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.models.numerics import CASES, Case, check_report, run_case
+from tests.models.numerics import RUNS, Case, Sizes, check_report, run_case
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_equals_transformers(case: Case, tmp_path: Path) -> None:
-    check_report(run_case("jax", case, tmp_path))
+@pytest.mark.parametrize(("case", "sizes"), RUNS)
+def test_equals_transformers(case: Case, sizes: Sizes, tmp_path: Path) -> None:
+    check_report(run_case("jax", case, tmp_path, sizes))
