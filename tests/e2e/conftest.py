@@ -12,7 +12,7 @@ from tests.e2e.server import ServerProcess
 SMALL = ["--max-num-seqs", "8", "--max-num-batched-tokens", "64", "--drain-timeout", "5"]
 
 
-@pytest.fixture(scope="session", params=["fake", "jax"])
+@pytest.fixture(scope="session", params=["fake", "jax", "torch"])
 def server(request: pytest.FixtureRequest) -> Iterator[ServerProcess]:
     process = ServerProcess(["--backend", request.param, *SMALL])
     yield process
