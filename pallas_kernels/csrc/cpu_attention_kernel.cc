@@ -5,52 +5,16 @@
 // a small matrix product, four queries at a time, so that each loaded vector is used four times.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "cpu_attention.h"
+#include "cpu_vector.h"
 
 namespace twinfer {
 namespace {
 
-constexpr int kLanes = TWINFER_LANES;
-typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4)));
-typedef int32_t IVec __attribute__((vector_size(kLanes * 4), aligned(4)));
-typedef uint16_t HVec __attribute__((vector_size(kLanes * 2), aligned(2)));
-typedef uint32_t UVec __attribute__((vector_size(kLanes * 4), aligned(4)));
-
 constexpr float kNever = -1e30f;  // finite: a block of masked keys alone gives no NaN
 constexpr int kMaxHead = 256;
 constexpr int kGroupQueries = 8 * kTileTokens;  // most queries (tokens x heads of the group) attended together
-
-inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
-inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
-inline Vec splat(float x) { return x - Vec{}; }
-
-inline Vec load(const uint16_t* p) {  // bfloat16 bits are the upper half of float32 bits
-  UVec wide = __builtin_convertvector(*reinterpret_cast<const HVec*>(p), UVec) << 16;
-  return reinterpret_cast<Vec&>(wide);
-}
-inline float widen(float x) { return x; }
-inline float widen(uint16_t x) {
-  uint32_t bits = uint32_t(x) << 16;
-  float out;
-  std::memcpy(&out, &bits, 4);
-  return out;
-}
-inline void narrow(float x, float* p) { *p = x; }
-inline void narrow(float x, uint16_t* p) {  // round to nearest even; NaN stays NaN
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  *p = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-inline float sum(Vec v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int half = kLanes / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
-}
 
 // exp(x) for x <= 0, relative error below 2e-7: 2^n * p(r), r = x - n ln 2 (Cody-Waite), p of degree 6.
 inline Vec exp(Vec x) {
@@ -95,10 +59,22 @@ inline Keys<C> keys_at(const Call& call, const Item& item, int64_t begin, int64_
   return {k, k + call.kv_heads * head, int(count)};
 }
 
-// scores[m][j] = q[m] . k[j], along H.
+// scores[m][j] = q[m] . k[j], along H, eight keys at a time.
 template <class C>
 inline void score_along(const float* q, int queries, const Keys<C>& keys, int size, float (*scores)[kBlock]) {
-  for (int j = 0; j < keys.count; ++j) {
+  int j = 0;
+  for (; j + 8 <= keys.count; j += 8) {
+    const C* k = keys.k + j * size;
+    for (int m = 0; m < queries; ++m) {
+      Vec dots[8] = {};
+      for (int h = 0; h < size; h += kLanes) {
+        const Vec query = load(q + m * size + h);
+        for (int i = 0; i < 8; ++i) dots[i] += query * load(k + i * size + h);
+      }
+      sum8(dots, &scores[m][j]);
+    }
+  }
+  for (; j < keys.count; ++j) {
     const C* k = keys.k + j * size;
     for (int m = 0; m < queries; ++m) {
       Vec dot{};
@@ -225,6 +201,7 @@ void attend(const Call& call, const Item& item) {
       }
       int m = 0;
       for (; m + 4 <= queries; m += 4) mix<4>(scores + m, keys, size, acc + m * size);
+      for (; m + 2 <= queries; m += 2) mix<2>(scores + m, keys, size, acc + m * size);
       for (; m < queries; ++m) mix<1>(scores + m, keys, size, acc + m * size);
       begin += keys.count;
     }
