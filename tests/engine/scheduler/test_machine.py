@@ -157,10 +157,9 @@ class CoreMachine(RuleBasedStateMachine):
 
     @rule()
     def preempt(self) -> None:
-        """A preemption that nothing forced: S-8 must not notice. Never of the first in order."""
-        slots = self.core.scheduler.state.running.slots.tolist()
-        if len(slots) > 1:
-            self.core.scheduler.state.preempt(slots[-1])
+        """Preemptions that nothing forced: S-8 must not notice. Never of the first in order."""
+        for slot in self.core.scheduler.state.running.slots[1:].tolist():
+            self.core.scheduler.state.preempt(slot)
 
     @rule(rows=st.sampled_from([(), (0,), (1, 0)]), cache_lost=st.booleans())
     def fail_next_step(self, rows: tuple[int, ...], cache_lost: bool) -> None:

@@ -299,3 +299,29 @@ def test_plans_are_taken_from_a_ring() -> None:
 
 def test_no_row_error_is_unknown() -> None:
     assert set(ROW_ERRORS) == set(RowError) - {RowError.NONE}
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 1.0, "seed": 11},
+        {"temperature": 0.7, "seed": 2, "repetition_penalty": 1.4, "frequency_penalty": 0.5},
+        {"temperature": 0.0, "min_tokens": 15, "ignore_eos": False},
+        {"temperature": 0.0, "bad_words": ["x"], "presence_penalty": 1.0},
+    ],
+)
+def test_a_preempted_request_goes_on_as_if_nothing_had_happened(params: dict[str, object]) -> None:
+    """S-8: seeds, penalties, history, min_tokens and max_tokens count from the request's first token."""
+    wanted = replace(GREEDY, max_tokens=30, **params)  # type: ignore[arg-type]
+    core = Core()
+    core.add(prompt_of(20, 1), replace(GREEDY, max_tokens=40))
+    key = core.add(prompt_of(20), wanted)
+    for turns in (6, 3, 9):
+        for _ in range(turns):
+            core.step()
+        if key in core.scheduler.state.slot_of:
+            core.scheduler.state.preempt(core.scheduler.state.slot_of[key])
+    core.run()
+    expected = alone(prompt_of(20), wanted)
+    assert core.answers[key].tokens == expected.tokens
+    assert core.answers[key].finish == expected.finish
