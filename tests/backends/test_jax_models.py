@@ -18,6 +18,7 @@ from engine.specs.arch import ArchSpec
 from engine.specs.checkpoint import read_config
 from engine.specs.families import parse_config
 from engine.step import PromptLogprobs
+from pallas_kernels import cpu_attention, cpu_linear
 from tests.backends.driver import Driver
 from tests.checkpoints import FAMILIES, ROPES, write_checkpoint
 from tests.reference.decoder import decode, log_softmax, reference_params
@@ -82,6 +83,14 @@ def test_equals_reference(family: str, overrides: dict[str, Any], tmp_path: Path
         row = logits[LENGTH - 1 + index]
         assert row[token] >= row.max() - 1e-5
     d.runner.shutdown()
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_plain_kernels_equal_reference(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs where there is no prebuilt library, and on every other device."""
+    monkeypatch.setattr(cpu_attention, "available", lambda head_size: False)
+    monkeypatch.setattr(cpu_linear, "available", lambda x, weight: False)
+    test_equals_reference(family, {}, tmp_path)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
