@@ -21,10 +21,10 @@ from backends.jax import compile_cache, mesh
 from backends.jax.load import load_weights
 from backends.jax.plans import check_plan
 from backends.jax.programs import DeviceState, ProgramSet
-from backends.jax.sample import Use
-from backends.jax.updates import Call, copy_calls, is_poisoned, open_calls, page_calls, row_uses
+from backends.jax.updates import Call, copy_calls, open_calls, page_calls
 from backends.jax.weights import param_bytes
 from engine.errors import ConfigError, StepFailed, check, fail
+from engine.opened import Use, is_poisoned, row_uses
 from engine.runner import DeviceInfo, Placement, Progress, RunnerConfig
 from engine.specs.cache import CacheLayout
 from engine.step import I32, U32, Event, Logprobs, OpenedRows, RowError, Sampler, StepPlan, StepResult

@@ -8,34 +8,17 @@ condition on `uses`. Letters: B rows of a block · V vocabulary · W = ceil(V / 
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import IntFlag
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from backends.jax.tables import IN_PROMPT, Rows, Tables, advance, remember
+from engine.opened import Use
 
 PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 SAMPLING_STREAM = 0
-
-
-class Use(IntFlag):
-    """What a row (on the host: a slot) needs of the sampler; a step needs what any of its rows needs."""
-
-    NONE = 0
-    ALLOWED = 1
-    BAD_WORDS = 2
-    MIN_TOKENS = 4
-    BIAS = 8
-    PENALTIES = 16
-    RANDOM = 32
-    MIN_P = 64
-    TOP_K = 128
-    TOP_P = 256
-    MASK = 512
-    LOGPROBS = 1024
 
 
 def pick(logits: Array, slots: Array, mask: Array, rows: Rows, tables: Tables, uses: Array) -> Array:

@@ -181,8 +181,9 @@ def sample_jax(seqs: Sequence[Seq], logits: np.ndarray, masks: Masks) -> list[in
     import jax.numpy as jnp
 
     from backends.jax import tables as device
-    from backends.jax.sample import Use, pick
-    from backends.jax.updates import open_calls, row_uses
+    from backends.jax.sample import pick
+    from backends.jax.updates import open_calls
+    from engine.opened import Use, row_uses
 
     opened = opened_rows(seqs)
     rows, tables = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), device.table_shapes(SLOTS, V, (1,), LIMITS))
