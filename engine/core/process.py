@@ -203,7 +203,10 @@ def run(build: BuildCore) -> int:
 
 
 def main() -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    # ours in full, of libraries what a user must know: jax tells at INFO which platforms it did not find
+    form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=logging.WARNING, format=form, stream=sys.stderr)
+    logging.getLogger("twinfer").setLevel(logging.INFO)
     return run(build_core)
 
 

@@ -12,6 +12,7 @@ with the spelled tokens read as plain text.
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 from functools import cached_property
@@ -112,6 +113,7 @@ def encode_with(backend: FastTokenizer, text: str, add_special_tokens: bool) -> 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
     """Load a fast tokenizer from a folder. Raises ConfigError in one line."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would miss torch; only its tokenizers are used
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # slow to import: only where text is handled
 
     folder = Path(source)
