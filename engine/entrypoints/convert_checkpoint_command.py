@@ -14,8 +14,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
+    from engine.core.messages import StartupProgress
     from engine.entrypoints.convert_command import run as convert
     from engine.frontend.hub import resolve_model
+    from engine.frontend.progress import StartupBar
 
-    print(convert(resolve_model(args.source, args.revision), Path(args.target)))
+    source = resolve_model(args.source, args.revision)
+    with StartupBar(shown=True) as bar:
+        written = convert(
+            source, Path(args.target), lambda phase, done, total: bar.update(StartupProgress(phase, done, total))
+        )
+    print(written)
     return 0
