@@ -59,7 +59,7 @@ class PageTable:
         self.num_columns = np.zeros(num_slots, np.int32)  # end of the allocated columns
         self.capacity = np.zeros(num_slots, np.int32)  # num_columns * page_tokens
         self.trim_at = np.zeros(num_slots, np.int32)  # the first position that does not see first_column any more
-        self._moved(np.arange(num_slots, dtype=np.int32))
+        self._moved(np.arange(num_slots))
 
     def first_needed(self, position: int) -> int:
         """The first column that a query at `position` sees: it looks at (position - window, position]."""
@@ -132,12 +132,12 @@ class PageTable:
         self.capacity[slot] = end * self.page_tokens
         self._moved(slot)
 
-    def _moved(self, slots: int | I32) -> None:
+    def _moved(self, slots: int | I64) -> None:
         """first_column has changed."""
         if self.window is not None:
             self.trim_at[slots] = (self.first_column[slots] + 1) * self.page_tokens + self.window - 1
 
-    def missing(self, slots: I32, ends: I32) -> tuple[I64, I32] | None:
+    def missing(self, slots: I64, ends: I32) -> tuple[I64, I32] | None:
         """(row indexes, pages each) that tokens up to `ends` need beyond what is allocated; None when nothing."""
         short = ends - self.capacity[slots]
         rows = np.flatnonzero(short > 0)
@@ -146,7 +146,7 @@ class PageTable:
         counts: I32 = (short[rows] + (self.page_tokens - 1)) // self.page_tokens
         return rows, counts
 
-    def append(self, slots: I32, counts: I32, pages: I32) -> tuple[I32, I32]:
+    def append(self, slots: I64, counts: I32, pages: I32) -> tuple[I64, I32]:
         """Give `pages` to rows in order, counts[i] to slots[i] (distinct). -> (slots, columns) of each page."""
         columns = self.num_columns[slots]
         ends = columns + counts
@@ -159,7 +159,7 @@ class PageTable:
         self.pages[slots, columns] = pages
         return slots, columns
 
-    def trim(self, slots: I32, positions: I32) -> None:
+    def trim(self, slots: I64, positions: I32) -> None:
         """Release the pages that no query at or after positions[i] of slots[i] sees. WINDOW groups only."""
         if self.window is None:
             return
@@ -196,6 +196,6 @@ class PageTable:
         check(((self.pages != NULL_PAGE) == held).all(), f"group {self.group}: a table entry outside of its range")
         check((self.capacity == self.num_columns * self.page_tokens).all(), f"group {self.group}: capacity is off")
         moved = self.trim_at.copy()
-        self._moved(np.arange(len(moved), dtype=np.int32))
+        self._moved(np.arange(len(moved)))
         check((moved == self.trim_at).all(), f"group {self.group}: trim_at is off")
         self.index.check_integrity(self.group)

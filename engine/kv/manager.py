@@ -160,7 +160,7 @@ class KVManager:
         pool.owner[pages] = table.group
         return pages
 
-    def grow(self, slots: I32, ends: I32) -> bool:
+    def grow(self, slots: I64, ends: I32) -> bool:
         """Allocate pages so that slots[i] (distinct) can hold ends[i] tokens. False and no change if they are short."""
         need = [0] * len(self.pools)
         parts = []
@@ -177,10 +177,10 @@ class KVManager:
         for table, (rows, counts), count in parts:
             pages = self._take(table, count)
             owners, columns = table.append(slots[rows], counts, pages)
-            self._pending.deltas[table.group].append((owners, columns, pages))
+            self._pending.deltas[table.group].append((owners.astype(np.int32), columns, pages))
         return True
 
-    def reserved(self, slots: I32, ends: I32) -> list[int]:
+    def reserved(self, slots: I64, ends: I32) -> list[int]:
         """Pages a pool that the rows in `slots` will still ask for on their way to ends[i] tokens."""
         need = [0] * len(self.pools)
         for table in self.tables:
@@ -195,7 +195,7 @@ class KVManager:
             need[table.pool_id] += int(counts.sum())
         return need
 
-    def trim(self, slots: I32, positions: I32) -> None:
+    def trim(self, slots: I64, positions: I32) -> None:
         """Window groups: release what no query at or after positions[i] of slots[i] sees."""
         for table in self.tables:
             table.trim(slots, positions)
@@ -212,15 +212,18 @@ class KVManager:
         for table in self.tables:
             m = table.page_units
             base = first // m
-            columns = table.pages[slot, base : -(-(first + len(keys)) // m)].tolist()
-            pages = columns if m == 1 else [columns[unit // m - base] for unit in range(first, first + len(keys))]
-            keyed += [(table.group, key, page) for key, page in table.index.add_row(keys, pages)]
+            columns = table.pages[slot, base : -(-(first + len(keys)) // m)]
+            pages = np.repeat(columns, m)[first - base * m : first - base * m + len(keys)]
+            passed = set(table.index.add(keys, pages))
+            pairs = zip(keys, pages.tolist(), strict=True)
+            keyed += [(table.group, key, page) for i, (key, page) in enumerate(pairs) if i not in passed]
         return keyed
 
     def key_row_units(self, slots: I64, units: I32, keys: Sequence[bytes]) -> None:
-        """Key one unit of each row: units[i] of slots[i] has keys[i]."""
+        """Key some units of several rows: units[i, j] of slots[i] has keys[i * n + j], n units a row."""
         for table in self.tables:
-            table.index.add_each(keys, table.pages[slots, units // table.page_units])
+            columns = units if table.page_units == 1 else units // table.page_units
+            table.index.add(keys, table.pages[slots[:, None], columns].ravel())
 
     def withdraw(self, keyed: Sequence[KeyedUnit]) -> None:
         for group, key, page in keyed:

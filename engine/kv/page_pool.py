@@ -25,7 +25,7 @@ class PagePool:
         check(num_pages >= 2, f"a pool of {num_pages} pages has none to give out")
         self.num_pages = num_pages
         self.refs = np.zeros(num_pages, np.int32)  # [P] holds by rows and by in-flight copies
-        self.num_keys = np.zeros(num_pages, np.int32)  # [P] keyed units of the page; the prefix index writes it
+        self.keyed = np.zeros(num_pages, np.bool_)  # [P] some unit of the page has a key; the prefix index writes it
         self.owner = np.zeros(num_pages, np.int32)  # [P] group that took the page last; the manager writes it
         self._blank = np.arange(num_pages - 1, NULL_PAGE, -1, dtype=np.int32)  # stack, low pages on top
         self._num_blank = num_pages - 1
@@ -113,7 +113,7 @@ class PagePool:
             self._give_back(free)
 
     def _give_back(self, pages: I32) -> None:
-        keyed = self.num_keys[pages] > 0
+        keyed = self.keyed[pages]
         count = int(np.count_nonzero(keyed))
         cached = pages
         if count < len(pages):
@@ -167,5 +167,5 @@ class PagePool:
         check((place == 1).all(), f"pages in no place or in two: {np.flatnonzero(place != 1)[:8].tolist()}")
         check(self.refs.min() >= 0 and self.refs[NULL_PAGE] == 0, "negative holds, or the null page is held")
         check(len(cached) == self._num_cached, "the cached count is off")
-        check((self.num_keys[blank] == 0).all(), "a blank page has keys")
-        check((self.num_keys[cached] > 0).all(), "a cached page has no keys")
+        check(not self.keyed[blank].any(), "a blank page has keys")
+        check(self.keyed[cached].all(), "a cached page has no keys")

@@ -19,6 +19,7 @@ from engine.step import I32
 
 TOKEN_BYTES = 4
 KEY_BYTES = 32
+EMPTY_HASH = sha256()  # never updated: copying it is quicker than asking OpenSSL for another
 
 
 def split_keys(joined: bytes) -> list[bytes]:
@@ -32,17 +33,24 @@ def root_key(domain: bytes, epoch: int) -> bytes:
 
 def chain_keys(parent: bytes, tokens: I32, unit_tokens: int) -> list[bytes]:
     """Keys of the whole units in `tokens` (i32 [n]), each chained to the one before, the first to `parent`."""
-    data = tokens.tobytes()
-    width = unit_tokens * TOKEN_BYTES
-    keys = []
-    for at in range(0, len(data) - width + 1, width):
-        parent = sha256(parent + data[at : at + width]).digest()
-        keys.append(parent)
+    keys: list[bytes] = []
+    extend_chain(keys, parent, tokens.tobytes(), unit_tokens * TOKEN_BYTES)
     return keys
 
 
+def extend_chain(keys: list[bytes], key: bytes, data: bytes, width: int) -> bytes:
+    """Append the keys of the units of `width` bytes in `data`, the first chained to `key`. -> the last key."""
+    fresh = EMPTY_HASH.copy
+    for at in range(0, len(data) - width + 1, width):
+        unit = fresh()
+        unit.update(key + data[at : at + width])
+        key = unit.digest()
+        keys.append(key)
+    return key
+
+
 class UnitIndex:
-    """Keys of one group's units. `pool.num_keys` is kept equal to the number of keys of each page."""
+    """Keys of one group's units. Keeps `pool.keyed`: which pages have a key."""
 
     def __init__(self, pool: PagePool) -> None:
         self.page_of: dict[bytes, int] = {}
@@ -52,32 +60,21 @@ class UnitIndex:
     def __len__(self) -> int:
         return len(self.page_of)
 
-    def add_row(self, keys: Sequence[bytes], pages: Sequence[int]) -> list[tuple[bytes, int]]:
-        """Map keys[i] to pages[i], which somebody holds. -> the pairs that are new.
+    def add(self, keys: Sequence[bytes], pages: I32) -> list[int]:
+        """Map keys[i] to pages[i], which somebody holds. -> the i that are not new.
 
         A key that is known keeps its first page; the null page (behind a window) is passed by.
         """
         page_of, keys_of = self.page_of, self._keys_of
-        added = []
-        for key, page in zip(keys, pages, strict=True):
+        passed = []
+        for at, (key, page) in enumerate(zip(keys, pages.tolist(), strict=True)):
             if page and key not in page_of:
                 page_of[key] = page
-                keys_of[page] = keys_of.get(page, b"") + key
-                added.append((key, page))
-        if added:
-            np.add.at(self._pool.num_keys, [page for _, page in added], 1)
-        return added
-
-    def add_each(self, keys: Sequence[bytes], pages: I32) -> None:
-        """As `add_row`, for one unit of each of several rows: the pages are distinct but for the null page."""
-        page_of, keys_of = self.page_of, self._keys_of
-        added = []
-        for key, page in zip(keys, pages.tolist(), strict=True):
-            if page and key not in page_of:
-                page_of[key] = page
-                keys_of[page] = keys_of.get(page, b"") + key
-                added.append(page)
-        self._pool.num_keys[pages if len(added) == len(pages) else added] += 1
+                keys_of[page] = keys_of[page] + key if page in keys_of else key
+            else:
+                passed.append(at)
+        self._pool.keyed[np.delete(pages, passed) if passed else pages] = True
+        return passed
 
     def drop_pages(self, pages: I32) -> None:
         """Evicted pages lose all of their keys."""
@@ -89,7 +86,7 @@ class UnitIndex:
             else:
                 for key in split_keys(joined):
                     del page_of[key]
-        self._pool.num_keys[pages] = 0
+        self._pool.keyed[pages] = False
 
     def withdraw(self, key: bytes, page: int) -> None:
         """Forget `key` if it maps to `page`: the step that computed it failed."""
@@ -97,11 +94,11 @@ class UnitIndex:
             return
         del self.page_of[key]
         keys = [other for other in split_keys(self._keys_of[page]) if other != key]
-        self._pool.num_keys[page] = len(keys)
         if keys:
             self._keys_of[page] = b"".join(keys)
         else:
             del self._keys_of[page]
+            self._pool.keyed[page] = False
             self._pool.lost_keys(np.array([page], np.int32))
 
     def clear(self) -> None:
@@ -109,7 +106,7 @@ class UnitIndex:
         pages = np.array(list(self._keys_of), np.int32)
         self.page_of.clear()
         self._keys_of.clear()
-        self._pool.num_keys[pages] = 0
+        self._pool.keyed[pages] = False
         self._pool.lost_keys(pages)
 
     def check_integrity(self, group: int) -> None:
@@ -119,5 +116,5 @@ class UnitIndex:
         for page, joined in self._keys_of.items():
             keys = split_keys(joined)
             check(all(self.page_of.get(key) == page for key in keys), f"index: a key of page {page} points elsewhere")
-            check(int(self._pool.num_keys[page]) == len(keys), f"index: page {page} has another number of keys")
+            check(bool(self._pool.keyed[page]) and len(keys) > 0, f"index: page {page} is not marked as keyed")
             check(int(self._pool.owner[page]) == group, f"index: page {page} belongs to another group")

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.scheduler.table import RowTable
-from engine.step import I32
+from engine.step import I32, I64
 
 
 @dataclass(slots=True)
 class ChosenRows:
     """Rows of one step. The first `num_single` have one new token each."""
 
-    slots: I32  # [S]
+    slots: I64  # [S]
     computed: I32  # [S] before this step
     new: I32  # [S]
     num_single: int
@@ -53,7 +53,7 @@ def share_budget(want: I32, chunk: I32, budget: int, score_budget: int, scores: 
     return np.asarray(given, np.int32)
 
 
-def choose_running(table: RowTable, slots: I32) -> tuple[ChosenRows, int]:
+def choose_running(table: RowTable, slots: I64) -> tuple[ChosenRows, int]:
     """Turns for the running rows `slots`, in order. -> (rows with a token or more, prompt positions left to score)."""
     config = table.config
     computed = table.num_computed[slots]
@@ -70,7 +70,7 @@ def choose_running(table: RowTable, slots: I32) -> tuple[ChosenRows, int]:
     return singles_first(slots, computed, want), score_budget
 
 
-def singles_first(slots: I32, computed: I32, new: I32) -> ChosenRows:
+def singles_first(slots: I64, computed: I32, new: I32) -> ChosenRows:
     """Rows with one new token first, both parts in order."""
     single = new == 1
     count = int(np.count_nonzero(single))
@@ -85,7 +85,7 @@ def join_rows(rows: ChosenRows, added: list[tuple[int, int, int]]) -> ChosenRows
     """`added`: (slot, computed, new) of rows that begin in this step."""
     slots, computed, new = (np.array(column, np.int32) for column in zip(*added, strict=True))
     return singles_first(
-        np.concatenate((rows.slots, slots)),
+        np.concatenate((rows.slots, slots.astype(np.int64))),
         np.concatenate((rows.computed, computed)),
         np.concatenate((rows.new, new)),
     )
@@ -93,7 +93,7 @@ def join_rows(rows: ChosenRows, added: list[tuple[int, int, int]]) -> ChosenRows
 
 def no_rows() -> ChosenRows:
     none = np.zeros(0, np.int32)
-    return ChosenRows(none, none, none, 0, none)
+    return ChosenRows(none.astype(np.int64), none, none, 0, none)
 
 
 def drop_rows(rows: ChosenRows, gone: np.ndarray) -> ChosenRows:

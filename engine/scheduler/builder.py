@@ -73,7 +73,7 @@ class PlanBuilder:
             copies=copies,
             prompt_logprobs=scores,
         )
-        return InFlight(plan, held, state.prefix.submitted(), scored)
+        return InFlight(plan, rows.slots, held, state.prefix.submitted(), scored)
 
     def _take_closed(self, opened: list[tuple[int, int]]) -> I32 | None:
         """Slots whose tenancy ended; opening a slot again says so by itself."""

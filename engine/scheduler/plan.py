@@ -15,6 +15,7 @@ from engine.scheduler.config import SchedulerConfig
 from engine.scheduler.table import RowTable
 from engine.step import (
     I32,
+    I64,
     LAST_TOKEN,
     PromptLogprobs,
     Sampler,
@@ -37,6 +38,7 @@ class InFlight:
     """What the scheduler remembers of a submitted step until it is collected."""
 
     plan: StepPlan
+    slots: I64  # [S] plan.slots, for indexing
     held: list[tuple[int, int]]  # (pool, page) sources of copies
     keyed: list[KeyedUnit]  # known units keyed at its submission
     scored: list[ScoredPrompt] = field(default_factory=list)
@@ -71,13 +73,13 @@ class PlanRing:
         return buffers
 
 
-def fill_rows(ring: PlanRing, table: RowTable, rows: ChosenRows) -> tuple[PlanBuffers, I32, I32]:
+def fill_rows(ring: PlanRing, table: RowTable, rows: ChosenRows) -> tuple[PlanBuffers, I32, I64]:
     """Write the row and token arrays. -> (buffers, logit_rows [L], sampling slots [L])."""
     buffers = ring.next()
     slots, computed, new, num_single = rows.slots, rows.computed, rows.new, rows.num_single
     count = len(slots)
     buffers.slots[:count] = slots
-    np.take(table.generation, slots, out=buffers.generation[:count], mode="clip")
+    buffers.generation[:count] = table.generation[slots]
     buffers.num_computed[:count] = computed
     buffers.num_new[:count] = new
     ends = rows.ends
@@ -102,7 +104,7 @@ def fill_rows(ring: PlanRing, table: RowTable, rows: ChosenRows) -> tuple[PlanBu
     return buffers, logit_rows, sampling
 
 
-def fill_single(buffers: PlanBuffers, table: RowTable, slots: I32, computed: I32) -> None:
+def fill_single(buffers: PlanBuffers, table: RowTable, slots: I64, computed: I32) -> None:
     """Rows with one token: the one they sampled last, which the device has, or the last known one."""
     count = len(slots)
     buffers.token_ids[:count] = LAST_TOKEN
@@ -122,7 +124,7 @@ def fill_chunks(buffers: PlanBuffers, table: RowTable, rows: ChosenRows, arange:
         at += count
 
 
-def choose_sampler(table: RowTable, sampling: I32) -> tuple[Sampler, int]:
+def choose_sampler(table: RowTable, sampling: I64) -> tuple[Sampler, int]:
     """(the weakest program that serves these slots, most top logprobs any of them wants)."""
     if not len(sampling):
         return Sampler.NONE, -1

@@ -7,17 +7,17 @@ device works, and which keys at most a few units a call: rows that fill a page t
 
 from __future__ import annotations
 
-from hashlib import sha256
-
 import numpy as np
 
 from engine.errors import check
 from engine.kv.manager import KeyedUnit, KVManager
-from engine.kv.prefix_cache import TOKEN_BYTES, chain_keys
+from engine.kv.prefix_cache import TOKEN_BYTES, chain_keys, extend_chain
 from engine.scheduler.queues import Entry
 from engine.scheduler.table import NEVER_KEYED, RowTable
 
-MIN_COMMITS = 16  # units a call, when there are few rows
+BATCH = 4  # generated units of a row that are keyed together
+BATCH_RANGE = np.arange(BATCH, dtype=np.int32)
+MIN_ROWS = 4  # rows a call, when there are few
 
 
 class PrefixKeys:
@@ -82,27 +82,25 @@ class PrefixKeys:
                 del computing[key]
 
     def commit(self, num_rows: int) -> int:
-        """Key generated units that are collected: one a row, at most as many as `num_rows` rows fill in a step.
+        """Key generated units that are collected: BATCH of a row at a time, of as many rows as fill so much in a step.
 
-        A row fills a unit in unit_tokens steps, so this keeps up. -> units keyed.
+        A row fills BATCH units in BATCH x unit_tokens steps, so this keeps up. -> units keyed.
         """
         table, unit = self._table, self._unit
-        due = np.flatnonzero(table.collected // unit > table.num_keyed)
+        due = np.flatnonzero(table.collected // unit - table.num_keyed >= BATCH)
         if not len(due):
             return 0
-        due = due[: max(MIN_COMMITS, num_rows // unit + 1)]
-        units = table.num_keyed[due]
-        data = table.units[due, units].tobytes()
+        due = due[: max(MIN_ROWS, num_rows // (BATCH * unit) + 1)]
+        units = table.num_keyed[due][:, None] + BATCH_RANGE  # [n, BATCH]
+        data = table.units[due[:, None], units].tobytes()
         width = unit * TOKEN_BYTES
         tails = table.tails
-        keys = []
-        at = 0
-        for slot in due.tolist():
-            key = tails[slot] = sha256(tails[slot] + data[at : at + width]).digest()
-            keys.append(key)
-            at += width
+        keys: list[bytes] = []
+        for at, slot in enumerate(due.tolist()):
+            part = data[at * BATCH * width : (at + 1) * BATCH * width]
+            tails[slot] = extend_chain(keys, tails[slot], part, width)
         self._kv.key_row_units(due, units, keys)
-        table.num_keyed[due] = units + 1
+        table.num_keyed[due] = units[:, -1] + 1
         return len(keys)
 
     def forget(self) -> None:

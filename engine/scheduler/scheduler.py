@@ -147,7 +147,7 @@ class Scheduler:
                 new = min(new, score_budget)
                 score_budget -= new
             budget -= new
-            one = np.array([slot], np.int32)
+            one = np.array([slot], np.int64)
             state.kv.trim(one, np.array([computed], np.int32))
             check(state.kv.grow(one, np.array([computed + new], np.int32)), "pages that were counted are not there")
             added.append((slot, computed, new))
@@ -167,7 +167,7 @@ class Scheduler:
         """Take in the oldest step's result. -> what the clients get, None = nothing."""
         state = self.state
         flight = self._collect(plan)
-        applied = apply_result(state.table, plan, result)
+        applied = apply_result(state.table, flight, result)
         columns = applied.columns
         if flight.scored:
             complete = collect_prompt_scores(state.table, flight.scored, result.prompt_logprobs)

@@ -13,12 +13,12 @@ import numpy as np
 from engine.scheduler.budget import ChosenRows
 from engine.scheduler.plan import PlanBuffers, PlanRing
 from engine.scheduler.table import RowTable
-from engine.step import I32, LAST_TOKEN, Bucket, Sampler
+from engine.step import I32, I64, LAST_TOKEN, Bucket, Sampler
 
 
 @dataclass(slots=True)
 class SteadyRows:
-    slots: I32  # [S]
+    slots: I64  # [S]
     generation: I32  # [S]
     ends: I32  # [S] tokens computed with the last step
     turns_left: int  # steps until a row has all the tokens it may have
@@ -36,7 +36,7 @@ class SteadyRows:
 
 
 def find_steady(
-    table: RowTable, rows: ChosenRows, sampling: I32, choice: tuple[Sampler, int, Bucket]
+    table: RowTable, rows: ChosenRows, sampling: I64, choice: tuple[Sampler, int, Bucket]
 ) -> SteadyRows | None:
     """What the step after `rows` may repeat; None unless all running rows decode and sample in it."""
     slots = rows.slots

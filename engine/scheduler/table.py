@@ -83,6 +83,8 @@ class RowTable:
         # pages of zeros that no row has reached cost no memory
         self.tokens: I32 = np.zeros((slots, units * unit_tokens), np.int32)  # [slots, max_model_len to a whole unit]
         self.units = self.tokens.reshape(slots, units, unit_tokens)  # the same memory
+        self.flat = self.tokens.reshape(-1)  # the same memory
+        self.row_start: I64 = np.arange(slots, dtype=np.int64) * self.tokens.shape[1]  # of each row in `flat`
         self.key: I64 = np.zeros(slots, np.int64)  # request key
         self.generation: I32 = np.zeros(slots, np.int32)
         self.num_known: I32 = np.zeros(slots, np.int32)

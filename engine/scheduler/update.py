@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from engine.request import FinishReason
-from engine.scheduler.plan import ScoredPrompt
+from engine.scheduler.plan import InFlight, ScoredPrompt
 from engine.scheduler.table import RowTable
 from engine.step import I32, I64, U8, Logprobs, RowError, StepPlan, StepResult
 
@@ -58,26 +58,27 @@ def empty_columns() -> StepColumns:
     return StepColumns(np.zeros(0, np.int64), none, none, np.zeros(0, np.uint8), none, none)
 
 
-def apply_result(table: RowTable, plan: StepPlan, result: StepResult) -> Applied:
+def apply_result(table: RowTable, flight: InFlight, result: StepResult) -> Applied:
     """Write a result into the table. Rows whose tenancy ended since the plan are passed by (S-10)."""
+    plan, index = flight.plan, flight.slots
     count = plan.num_rows
-    live = table.generation[plan.slots] == plan.generation
+    live = table.generation[index] == plan.generation
     all_live = np.count_nonzero(live) == count
     ends = plan.num_computed + plan.num_new
     if all_live:
-        table.collected[plan.slots] = ends
+        table.collected[index] = ends
     else:
-        table.collected[plan.slots[live]] = ends[live]
+        table.collected[index[live]] = ends[live]
     failed: list[tuple[int, Failure]] = []
     rows: I64 | None = None
     tokens = np.ascontiguousarray(result.tokens[:, 0])
     if all_live and len(plan.logit_rows) == count and sound(table, result, tokens):
-        slots = plan.slots
+        slots = index
     else:
         wrong = broken_rows(table, plan, result) & live
         failed = [describe_failure(table, plan, result, row) for row in np.flatnonzero(wrong).tolist()]
         rows = np.flatnonzero(live & (plan.num_logits > 0) & ~wrong)
-        slots, tokens = plan.slots[rows], tokens[rows]
+        slots, tokens = index[rows], tokens[rows]
     if not len(slots):
         return Applied(None, [], failed)
     columns = append_tokens(table, slots, tokens)
@@ -113,10 +114,10 @@ def describe_failure(table: RowTable, plan: StepPlan, result: StepResult, row: i
     return slot, Failure(int(table.key[slot]), "device_error", why)
 
 
-def append_tokens(table: RowTable, slots: I32, tokens: I32) -> StepColumns:
+def append_tokens(table: RowTable, slots: I64, tokens: I32) -> StepColumns:
     """Append tokens[i] to slots[i] (distinct) and find out which rows end."""
     at = table.num_tokens[slots]
-    table.tokens[slots, at] = tokens
+    table.flat[table.row_start[slots] + at] = tokens
     at += 1
     table.num_tokens[slots] = at
     count = len(slots)

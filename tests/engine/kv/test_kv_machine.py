@@ -184,7 +184,7 @@ class ManagerMachine(RuleBasedStateMachine):
 
     def snapshot(self) -> tuple[object, ...]:
         pools = [
-            (pool.num_free, pool.num_cached, pool.refs.tobytes(), pool.num_keys.tobytes()) for pool in self.kv.pools
+            (pool.num_free, pool.num_cached, pool.refs.tobytes(), pool.keyed.tobytes()) for pool in self.kv.pools
         ]
         tables = [
             (t.pages.tobytes(), t.num_columns.tobytes(), t.capacity.tobytes(), len(t.index)) for t in self.kv.tables
