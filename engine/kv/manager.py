@@ -269,7 +269,8 @@ class KVManager:
                 if table.pool_id == pool_id:
                     holds += np.bincount(table.pages.ravel(), minlength=pool.num_pages)
             for held_pool, page in self.held_sources:
-                holds[page] += held_pool == pool_id
+                if held_pool == pool_id:
+                    holds[page] += 1
             holds[0] = 0
             wrong = np.flatnonzero(holds != pool.refs)
             check(not len(wrong), f"pool {pool_id}: holds of pages {wrong[:8].tolist()} differ from their counts")
