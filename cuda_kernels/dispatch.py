@@ -1,6 +1,6 @@
 """Which kernel runs where: the only device branches of the PyTorch side.
 
-Called by torch_models (paged_attention) and by backends/torch (cache shapes). Takes tensors and plain values.
+Called by torch_models (linear, paged_attention) and by backends/torch (cache shapes). Takes tensors and plain values.
 Letters: T tokens · S rows · N query heads · K KV heads · H head size · L layers of a pool · P pages of a pool.
 """
 
@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.nn import functional
 
+from cuda_kernels import cpu_linear
 from cuda_kernels import paged_attention as plain
 
 
@@ -29,6 +31,11 @@ class Work:
     num_computed: Sequence[int]  # [S] tokens in the cache before this step
     write_at: Tensor  # i64 [T] page * page_tokens + offset of each token
     decodes: tuple[plain.Gather, ...]  # rows with one new token, rows of like length together
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias, of x's dtype. x: [T, I]; weight: [O, I]; bias: [O] -> [T, O]."""
+    return (cpu_linear if x.device.type == "cpu" else functional).linear(x, weight, bias)
 
 
 def cache_shape(
