@@ -184,7 +184,7 @@ class PageTable:
     def clear_row(self, slot: int) -> None:
         """Release every page of a row, the deepest first, so that no child outlives its parent in the cache."""
         first, end = int(self.first_column[slot]), int(self.num_columns[slot])
-        self.pool.release(self.pages[slot, first:end][::-1].copy())
+        self.pool.release(self.pages[slot, first:end][::-1].copy(), distinct=True)
         self.pages[slot, first:end] = NULL_PAGE
         self.first_column[slot] = self.num_columns[slot] = self.capacity[slot] = 0
         self._moved(slot)

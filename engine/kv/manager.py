@@ -31,8 +31,8 @@ class Hit:
     groups: tuple[GroupHit, ...]
 
 
-KeyedUnit = tuple[int, bytes, int]
-"""(group, key, page): what a failed step has to withdraw."""
+KeyedUnits = tuple[int, Sequence[bytes], I32]
+"""(group, keys, the page of each): what a failed step has to withdraw."""
 
 
 @dataclass(slots=True)
@@ -206,17 +206,16 @@ class KVManager:
 
     # -- keys ----------------------------------------------------------------------------------------------------------
 
-    def key_units(self, slot: int, keys: Sequence[bytes], first: int) -> list[KeyedUnit]:
+    def key_units(self, slot: int, keys: Sequence[bytes], first: int) -> list[KeyedUnits]:
         """Key units [first, first + len(keys)) of a row. Known keys and pages behind a window are passed by."""
         keyed = []
         for table in self.tables:
             m = table.page_units
             base = first // m
             columns = table.pages[slot, base : -(-(first + len(keys)) // m)]
-            pages = np.repeat(columns, m)[first - base * m : first - base * m + len(keys)]
-            passed = set(table.index.add(keys, pages))
-            pairs = zip(keys, pages.tolist(), strict=True)
-            keyed += [(table.group, key, page) for i, (key, page) in enumerate(pairs) if i not in passed]
+            pages = columns.copy() if m == 1 else np.repeat(columns, m)[first - base * m : first - base * m + len(keys)]
+            table.index.add(keys, pages)
+            keyed.append((table.group, keys, pages))
         return keyed
 
     def key_row_units(self, slots: I64, units: I32, keys: Sequence[bytes]) -> None:
@@ -225,9 +224,11 @@ class KVManager:
             columns = units if table.page_units == 1 else units // table.page_units
             table.index.add(keys, table.pages[slots[:, None], columns].ravel())
 
-    def withdraw(self, keyed: Sequence[KeyedUnit]) -> None:
-        for group, key, page in keyed:
-            self.tables[group].index.withdraw(key, page)
+    def withdraw(self, keyed: Sequence[KeyedUnits]) -> None:
+        """Forget what these steps keyed; keys that map to another page were known before and stay."""
+        for group, keys, pages in keyed:
+            for key, page in zip(keys, pages.tolist(), strict=True):
+                self.tables[group].index.withdraw(key, page)
 
     def forget_keys(self) -> None:
         """Every later lookup misses, also of chains that running rows still extend (the epoch is in the root key)."""

@@ -89,20 +89,24 @@ class PagePool:
         """How many of `pages` (distinct) are free now, so that sharing them takes them from `num_free`."""
         return int(np.count_nonzero(self.refs[pages] == 0))
 
-    def release(self, pages: I32) -> None:
+    def release(self, pages: I32, *, distinct: bool = False) -> None:
         """Drop one hold per entry. Pages left without holds become free in this order: the first is evicted first.
 
-        A page may stand in `pages` once per hold. Releasing more often than held raises InternalError.
+        A page may stand in `pages` once per hold, unless the caller says that they are `distinct`. Releasing more often
+        than held raises InternalError.
         """
         if not len(pages):
             return
-        np.subtract.at(self.refs, pages, 1)
+        if distinct:
+            self.refs[pages] -= 1
+        else:
+            np.subtract.at(self.refs, pages, 1)
         left = self.refs[pages]
         free = pages
         if np.count_nonzero(left):
             check(int(np.minimum.reduce(left)) >= 0, "a page was released more often than held")
             free = pages[left == 0]
-        if len(free) > 1:
+        if len(free) > 1 and not distinct:
             # a page named by several holds returns once: each entry finds who wrote last
             index = np.arange(len(free), dtype=np.int32)
             self._scratch[free] = index

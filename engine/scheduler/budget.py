@@ -83,12 +83,13 @@ def singles_first(slots: I64, computed: I32, new: I32) -> ChosenRows:
 
 def join_rows(rows: ChosenRows, added: list[tuple[int, int, int]]) -> ChosenRows:
     """`added`: (slot, computed, new) of rows that begin in this step."""
-    slots, computed, new = (np.array(column, np.int32) for column in zip(*added, strict=True))
-    return singles_first(
-        np.concatenate((rows.slots, slots.astype(np.int64))),
-        np.concatenate((rows.computed, computed)),
-        np.concatenate((rows.new, new)),
-    )
+    columns = np.array(added, np.int32).T
+    slots = np.concatenate((rows.slots, columns[0]))
+    computed = np.concatenate((rows.computed, columns[1]))
+    new = np.concatenate((rows.new, columns[2]))
+    if all(count > 1 for _, _, count in added):
+        return ChosenRows(slots, computed, new, rows.num_single, computed + new)
+    return singles_first(slots, computed, new)
 
 
 def no_rows() -> ChosenRows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from itertools import accumulate
 
 import numpy as np
 
@@ -11,14 +12,15 @@ from engine.request import Request
 from engine.scheduler.table import RowTable, SamplingColumns
 from engine.step import F32, I32, OpenedRows, Ragged, SamplingTable
 
+COLUMNS = tuple(column.name for column in fields(SamplingColumns))
 NOTHING = np.zeros(0, np.int32)
 
 
 def opened_rows(table: RowTable, opened: Sequence[tuple[int, int]]) -> OpenedRows:
     """opened: (slot, tokens that are in the pages already)."""
-    slots, computed = (np.array(column, np.int32) for column in zip(*opened, strict=True))
+    slots, computed = np.array(opened, np.int32).T.copy()
     requests = [table.entry(slot).request for slot, _ in opened]
-    numbers = {column.name: getattr(table.sampling, column.name)[slots] for column in fields(SamplingColumns)}
+    numbers = {name: getattr(table.sampling, name)[slots] for name in COLUMNS}
     bias_ids, bias_values = biases(requests)
     bad_words, bad_word_starts = words(requests)
     history, num_prompt = histories(requests)
@@ -37,8 +39,7 @@ def opened_rows(table: RowTable, opened: Sequence[tuple[int, int]]) -> OpenedRow
 
 
 def ragged(lists: Sequence[Sequence[int] | I32]) -> Ragged:
-    starts = np.zeros(len(lists) + 1, np.int32)
-    np.cumsum([len(items) for items in lists], out=starts[1:])
+    starts = np.array([0, *accumulate(map(len, lists))], np.int32)
     if len(lists) == 1:
         return Ragged(values=np.array(lists[0], np.int32), starts=starts)
     return Ragged(values=np.concatenate([np.asarray(items, np.int32) for items in lists]), starts=starts)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from engine.kv.manager import KeyedUnit
+from engine.kv.manager import KeyedUnits
 from engine.scheduler.budget import ChosenRows
 from engine.scheduler.config import SchedulerConfig
 from engine.scheduler.table import RowTable
@@ -40,7 +40,7 @@ class InFlight:
     plan: StepPlan
     slots: I64  # [S] plan.slots, for indexing
     held: list[tuple[int, int]]  # (pool, page) sources of copies
-    keyed: list[KeyedUnit]  # known units keyed at its submission
+    keyed: list[KeyedUnits]  # known units keyed at its submission
     scored: list[ScoredPrompt] = field(default_factory=list)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from engine.errors import check
-from engine.kv.manager import KeyedUnit, KVManager
+from engine.kv.manager import KeyedUnits, KVManager
 from engine.kv.prefix_cache import TOKEN_BYTES, chain_keys, extend_chain
 from engine.scheduler.queues import Entry
 from engine.scheduler.table import NEVER_KEYED, RowTable
@@ -57,9 +57,9 @@ class PrefixKeys:
             for key in keys[num_hit_units:]:
                 self.computing.setdefault(key, slot)
 
-    def submitted(self) -> list[KeyedUnit]:
+    def submitted(self) -> list[KeyedUnits]:
         """Key what the rows in prefill compute in the step just planned. -> what its failure would withdraw."""
-        keyed: list[KeyedUnit] = []
+        keyed: list[KeyedUnits] = []
         table = self._table
         for slot, keys in list(self._prefilling.items()):
             first = int(table.num_keyed[slot])

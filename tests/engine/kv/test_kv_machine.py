@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine.errors import InternalError
-from engine.kv.manager import Hit, KeyedUnit, KVManager
+from engine.kv.manager import Hit, KeyedUnits, KVManager
 from engine.kv.page_pool import PagePool
 from engine.kv.prefix_cache import chain_keys, root_key
 from tests.engine.kv.layouts import small_layout
@@ -37,7 +37,7 @@ class Row:
     epoch: int
     computed: int
     keyed: int
-    keyed_units: list[KeyedUnit] = field(default_factory=list)
+    keyed_units: list[KeyedUnits] = field(default_factory=list)
 
 
 class ManagerMachine(RuleBasedStateMachine):
@@ -133,8 +133,9 @@ class ManagerMachine(RuleBasedStateMachine):
         row = self.rows.pop(slot)
         self.kv.withdraw(row.keyed_units)
         self.kv.withdraw(row.keyed_units)
-        for group, key, page in row.keyed_units:
-            assert self.kv.tables[group].index.page_of.get(key) != page
+        for group, keys, pages in row.keyed_units:
+            for key, page in zip(keys, pages.tolist(), strict=True):
+                assert self.kv.tables[group].index.page_of.get(key) != page or not page
         self.kv.close_row(slot)
 
     @rule()
@@ -183,9 +184,7 @@ class ManagerMachine(RuleBasedStateMachine):
                     assert written == (domain, position, tuple(tokens[: position + 1].tolist()))
 
     def snapshot(self) -> tuple[object, ...]:
-        pools = [
-            (pool.num_free, pool.num_cached, pool.refs.tobytes(), pool.keyed.tobytes()) for pool in self.kv.pools
-        ]
+        pools = [(pool.num_free, pool.num_cached, pool.refs.tobytes(), pool.keyed.tobytes()) for pool in self.kv.pools]
         tables = [
             (t.pages.tobytes(), t.num_columns.tobytes(), t.capacity.tobytes(), len(t.index)) for t in self.kv.tables
         ]
