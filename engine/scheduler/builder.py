@@ -21,15 +21,18 @@ class PlanBuilder:
         self._state = state
         self._ring = PlanRing(state.config)
         self._steady: SteadyRows | None = None
-        self._changes = -1  # state.changes for which `_steady` holds
+        self._begun = -1  # state.begun for which `_steady` holds
         self._on_device: set[int] = set()  # slots that a plan has opened and none has closed
 
     def steady_rows(self) -> ChosenRows | None:
-        """The rows of the last step, one token on, if nothing has changed since."""
-        if self._steady is None or self._changes != self._state.changes or self._steady.turns_left <= 0:
-            self._steady = None
-            return None
-        return self._steady.next(self._ring.ones)
+        """The rows of the last step that have not ended, one token on; None if a tenancy has begun since."""
+        state, steady = self._state, self._steady
+        if steady is not None and self._begun != state.begun:
+            steady = None
+        if steady is not None and (state.left or steady.turns_left <= 0):
+            steady = steady.without(state.left, state.table)
+        self._steady = steady
+        return None if steady is None else steady.next(self._ring.ones)
 
     def forget_steady(self) -> None:
         """The rows that `steady_rows` gave are not used as they are."""
@@ -39,7 +42,7 @@ class PlanBuilder:
         """opened: (slot, tokens computed before) of rows that begin in this step."""
         state, table = self._state, self._state.table
         count = len(rows.slots)
-        if self._steady is not None and self._changes == state.changes:
+        if self._steady is not None and self._begun == state.begun:
             buffers, logit_rows = fill_steady(self._ring, table, rows, self._steady)
             sampler, num_logprobs, bucket = self._steady.sampler, self._steady.num_logprobs, self._steady.bucket
             num_tokens = count
@@ -48,7 +51,7 @@ class PlanBuilder:
             buffers, logit_rows, sampling = fill_rows(self._ring, table, rows)
             sampler, num_logprobs = choose_sampler(table, sampling)
             bucket = choose_bucket(state.config, num_tokens, count)
-            self._steady, self._changes = None, state.changes
+            self._steady, self._begun = None, state.begun
             if count == len(state.running):
                 self._steady = find_steady(table, rows, sampling, (sampler, num_logprobs, bucket))
         copies, held = state.kv.take_copies()

@@ -111,6 +111,7 @@ class Scheduler:
                 self._builder.forget_steady()
                 return no_rows()
             rows = drop_rows(rows, rows.slots == victim)
+            self._builder.forget_steady()
             self.state.preempt(victim)
         return rows
 

@@ -32,7 +32,7 @@ class State:
         self.running = RunningOrder(config.max_num_seqs)
         self.slot_of: dict[int, int] = {}  # request key -> slot, of running requests
         self.left: list[int] = []  # slots whose tenancy ended since the last plan; the plan builder empties it
-        self.changes = 0  # tenancies begun and ended: whoever keeps something about rows compares this
+        self.begun = 0  # tenancies begun so far: whoever keeps something about the running rows compares this
         self.counters = Counters()
         self.capacity = self.kv.capacity_tokens(config.max_model_len)  # tokens of one request alone
 
@@ -90,7 +90,7 @@ class State:
             self.table.reserve_to[slot] = entry.max_total
         self.running.add(entry.order, slot)
         self.slot_of[request.key] = slot
-        self.changes += 1
+        self.begun += 1
         request.status = RequestStatus.RUNNING
         return slot
 
@@ -102,7 +102,6 @@ class State:
         self.running.remove(entry.order, slot)
         del self.slot_of[entry.request.key]
         self.left.append(slot)
-        self.changes += 1
         return entry
 
     def finish(self, slot: int, *, keep_keys: bool = True) -> None:

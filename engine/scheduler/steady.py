@@ -1,17 +1,19 @@
 """SteadyRows: the decode rows of the last step, kept while nobody comes or goes, so that the next step is the same.
 
-Valid as long as no tenancy begins or ends and no row reaches its length: then every row has one token to compute, which
-the device sampled in the step before, and every row samples. The scheduler drops it whenever a row opens or leaves.
+Valid as long as no tenancy begins: then every row has one token to compute, which the device sampled in the step
+before, and every row samples. Rows that end, or reach their length, are taken out. A plan builder owns it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from engine.scheduler.budget import ChosenRows
-from engine.scheduler.plan import PlanBuffers, PlanRing
+from engine.scheduler.config import choose_bucket
+from engine.scheduler.plan import PlanBuffers, PlanRing, choose_sampler
 from engine.scheduler.table import RowTable
 from engine.step import I32, I64, LAST_TOKEN, Bucket, Sampler
 
@@ -34,6 +36,25 @@ class SteadyRows:
         count = len(self.slots)
         return ChosenRows(self.slots, computed, ones[:count], count, self.ends)
 
+    def without(self, left: Sequence[int], table: RowTable) -> SteadyRows | None:
+        """These rows but for the slots in `left` and those that have all their tokens; None when none is left."""
+        stays = table.length[self.slots] < table.max_total[self.slots]
+        for slot in left:
+            stays &= self.slots != slot
+        slots = self.slots[stays]
+        if not len(slots):
+            return None
+        sampler, num_logprobs = choose_sampler(table, slots)
+        bucket = choose_bucket(table.config, len(slots), len(slots))
+        return SteadyRows(
+            slots, self.generation[stays], self.ends[stays], turns_left(table, slots), sampler, num_logprobs, bucket
+        )
+
+
+def turns_left(table: RowTable, slots: I64) -> int:
+    """Steps until one of the rows has all the tokens it may have."""
+    return int(np.minimum.reduce(table.max_total[slots] - table.length[slots]))
+
 
 def find_steady(
     table: RowTable, rows: ChosenRows, sampling: I64, choice: tuple[Sampler, int, Bucket]
@@ -42,8 +63,7 @@ def find_steady(
     slots = rows.slots
     if len(sampling) != len(slots) or rows.num_single != len(slots):
         return None
-    left = int(np.minimum.reduce(table.max_total[slots] - table.length[slots]))
-    return SteadyRows(slots, table.generation[slots], rows.ends, left, *choice)
+    return SteadyRows(slots, table.generation[slots], rows.ends, turns_left(table, slots), *choice)
 
 
 def fill_steady(ring: PlanRing, table: RowTable, rows: ChosenRows, steady: SteadyRows) -> tuple[PlanBuffers, I32]:
