@@ -19,7 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 KERNELS = ("cpu_attention_kernel.cc", "cpu_linear_kernel.cc")  # compiled once per instruction set
 ENTRIES = ("cpu_attention.cc", "cpu_linear.cc")
-SOURCES = ("cpu_vector.h", "cpu_attention.h", "cpu_linear.h", *KERNELS, *ENTRIES)
+SOURCES = ("cpu_vector.h", "cpu_pool.h", "cpu_attention.h", "cpu_linear.h", *KERNELS, *ENTRIES)
 BUILDS = {"base": ("x86-64-v2", 4), "v3": ("x86-64-v3", 8), "v4": ("x86-64-v4", 16)}  # name: (-march, lanes)
 
 

@@ -6,10 +6,10 @@
 #include <atomic>
 #include <cstring>
 #include <memory>
-#include <thread>
 #include <vector>
 
 #include "cpu_attention.h"
+#include "cpu_pool.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -146,7 +146,7 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, f
     for (int64_t i = 0; i < helpers; ++i) pool.Schedule([shared] { shared->work(); });
   }
   shared->work();
-  while (shared->done.load(std::memory_order_acquire) < count) std::this_thread::yield();
+  wait_for(shared->done, count);
   return ffi::Error::Success();
 }
 

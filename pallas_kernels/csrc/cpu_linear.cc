@@ -6,10 +6,10 @@
 #include <atomic>
 #include <cstring>
 #include <memory>
-#include <thread>
 #include <vector>
 
 #include "cpu_linear.h"
+#include "cpu_pool.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -84,7 +84,7 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi:
     for (int64_t i = 0; i < helpers; ++i) pool.Schedule([shared] { shared->work(); });
   }
   shared->work();
-  while (shared->done.load(std::memory_order_acquire) < shared->pieces) std::this_thread::yield();
+  wait_for(shared->done, shared->pieces);
   return ffi::Error::Success();
 }
 
