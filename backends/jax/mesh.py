@@ -53,3 +53,9 @@ def choose_device(requested: str) -> jax.Device:
             f"--device: {requested!r} was asked for and jax has {device.platform!r}; set JAX_PLATFORMS={name}"
         )
     return device
+
+
+def keep_float32_exact(device: jax.Device, dtype: str) -> None:
+    """A GPU multiplies float32 in TF32 unless told otherwise; --dtype float32 means float32."""
+    if dtype == "float32" and device.platform == "gpu":
+        jax.config.update("jax_default_matmul_precision", "float32")

@@ -98,6 +98,7 @@ class Runner:
         self._config = config
         compile_cache.enable()
         self._device = mesh.choose_device(config.device)
+        mesh.keep_float32_exact(self._device, config.dtype)
         self._generation = np.full(config.max_slots, CLOSED, np.int64)
         self._uses = np.zeros(config.max_slots, np.int32)
         self._poisoned = np.zeros(config.max_slots, np.bool_)

@@ -6,6 +6,7 @@ chunk, slot, page and bucket. A plan that is wrong on purpose is made with `data
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -194,7 +195,7 @@ class Driver:
             "row_buckets": (4, 12) if compiled else (),
             "max_in_flight": min(2, self.device.max_in_flight),
             "load_format": "dummy",
-            "device": "cpu",
+            "device": os.environ.get("TWINFER_TEST_DEVICE", "cpu"),  # cuda: the suite on a GPU
             "num_threads": 1,
         }
         self.config = RunnerConfig(**(values | config))
