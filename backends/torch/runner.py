@@ -1,14 +1,15 @@
 """The PyTorch runner: engine/runner.py's ModelRunner over eager torch.
 
-A step is two jobs, forward and sampling, run in the order of submission: on a GPU they are queued on the stream by
-`submit` itself, on a CPU by one worker thread, so that `submit` returns at once on both.
+A step is two jobs, forward and sampling, run in the order of submission: on a GPU `submit` queues them on the stream;
+on a CPU `collect` does them in its own thread, so that `submit` returns at once on both. (A worker thread was three
+times slower: docs/performance.md.)
 Always true: a step that waits for its mask holds up those behind it.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class Step:
     begun: bool = False
     ended: bool = False
     outcome: Outcome | None = None
-    done: Future[None] | None = None
+    error: RuntimeError | None = None
 
 
 class Runner:
@@ -63,7 +64,7 @@ class Runner:
         self._decoder: Decoder | None = None
         self._tables: Tables | None = None
         self._caches: list[Tensor] = []
-        self._worker: ThreadPoolExecutor | None = None
+        self._jobs: deque[tuple[Step, Callable[[Step], None]]] = deque()  # on a CPU: begun, not done
         self._device = devices.choose_device("auto")
 
     # life
@@ -85,7 +86,6 @@ class Runner:
             torch.set_num_threads(config.num_threads)
         if self._device.type == "cpu":
             devices.keep_freed_memory()
-            self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="twinfer-torch")
         self._generation = np.full(config.max_slots, CLOSED, np.int64)
         self._uses = np.zeros(config.max_slots, np.int32)
         self._poisoned = np.zeros(config.max_slots, np.bool_)
@@ -152,9 +152,7 @@ class Runner:
         return 0
 
     def shutdown(self) -> None:
-        if self._worker is not None:
-            self._worker.shutdown(wait=True, cancel_futures=True)
-            self._worker = None
+        self._jobs.clear()
         self._steps.clear()
         self._decoder, self._tables, self._caches = None, None, []
 
@@ -211,8 +209,10 @@ class Runner:
         check(step is self._steps[0], f"step {step.step_id} is collected before {self._steps[0].step_id}")
         check(step.ended, f"step {step.step_id} waits for its mask")
         try:
-            if step.done is not None:
-                step.done.result()
+            while self._jobs and self._jobs[0][0] is step:
+                do(*self._jobs.popleft())
+            if step.error is not None:
+                raise step.error
             if step.outcome is None:
                 fail(f"step {step.step_id} has no outcome")
             result = read_result(step.plan, step.sampling_rows, step.poisoned, step.outcome)
@@ -270,15 +270,10 @@ class Runner:
                 self._run(step, self._sample)
 
     def _run(self, step: Step, job: Callable[[Step], None]) -> None:
-        if self._worker is not None:
-            step.done = self._worker.submit(in_order, step.done, job, step)
-            return
-        try:
-            with torch.inference_mode():
-                job(step)
-        except RuntimeError as error:
-            step.done = Future()
-            step.done.set_exception(error)
+        if self._device.type == "cpu":
+            self._jobs.append((step, job))  # collect does it
+        else:
+            do(step, job)
 
     # jobs
 
@@ -340,12 +335,15 @@ class Runner:
             cache[..., target * page : target * page + count, :] = cache[..., source * page : source * page + count, :]
 
 
-def in_order(before: Future[None] | None, job: Callable[[Step], None], step: Step) -> None:
-    """Run a job on the worker; a step whose forward failed fails as a whole."""
-    if before is not None:
-        before.result()
-    with torch.inference_mode():
-        job(step)
+def do(step: Step, job: Callable[[Step], None]) -> None:
+    """Run a job; a step whose forward failed fails as a whole."""
+    if step.error is not None:
+        return
+    try:
+        with torch.inference_mode():
+            job(step)
+    except RuntimeError as error:
+        step.error = error
 
 
 def private(plan: StepPlan) -> StepPlan:
