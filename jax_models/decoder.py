@@ -64,7 +64,11 @@ class Decoder(nnx.Module):
         self.head = params["embed"] if spec.tied_embeddings else params["head"]  # [V, D]
 
     def __call__(
-        self, token_ids: Array, positions: Array, caches: list[Array], places: Sequence[tuple[int, int, int]],
+        self,
+        token_ids: Array,
+        positions: Array,
+        caches: list[Array],
+        places: Sequence[tuple[int, int, int]],
         works: Sequence[Work],
     ) -> tuple[Array, list[Array]]:
         """Hidden states after the final norm, [T, D], and the caches with this step's keys and values.

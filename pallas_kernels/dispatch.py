@@ -81,8 +81,16 @@ def max_tiles(num_tokens: int, num_rows: int) -> int:
 
 
 def paged_attention(
-    q: Array, k: Array, v: Array, cache: Array, layer_index: int, work: Work, *,
-    scale: float, window: int | None = None, logit_cap: float | None = None,
+    q: Array,
+    k: Array,
+    v: Array,
+    cache: Array,
+    layer_index: int,
+    work: Work,
+    *,
+    scale: float,
+    window: int | None = None,
+    logit_cap: float | None = None,
 ) -> tuple[Array, Array]:
     """Write this step's keys and values into the pages, then attend. -> ([T, N, H] of q's dtype, cache).
 
@@ -97,10 +105,23 @@ def paged_attention(
         raise ValueError(f"cache {cache.shape} does not hold pages of {work.page_tokens} tokens of k {k.shape}")
     attend = cpu_attention.paged_attention if work.kernel == "cpu" else plain.paged_attention
     return attend(
-        q, k, v, cache, layer_index,
-        page_table=work.page_table, query_starts=work.query_starts, num_new=work.num_new,
-        num_computed=work.num_computed, num_rows=work.num_rows,
-        write_page=work.write_page, write_offset=work.write_offset, decode_order=work.decode_order,
-        tile_rows=work.tile_rows, tile_starts=work.tile_starts, num_tiles=work.num_tiles,
-        scale=scale, window=window, logit_cap=logit_cap,
+        q,
+        k,
+        v,
+        cache,
+        layer_index,
+        page_table=work.page_table,
+        query_starts=work.query_starts,
+        num_new=work.num_new,
+        num_computed=work.num_computed,
+        num_rows=work.num_rows,
+        write_page=work.write_page,
+        write_offset=work.write_offset,
+        decode_order=work.decode_order,
+        tile_rows=work.tile_rows,
+        tile_starts=work.tile_starts,
+        num_tiles=work.num_tiles,
+        scale=scale,
+        window=window,
+        logit_cap=logit_cap,
     )

@@ -18,11 +18,26 @@ MASKED = -1e30  # finite, so that a tile of masked keys alone gives no NaN
 
 
 def paged_attention(
-    q: Array, k: Array, v: Array, cache: Array, layer_index: int, *,
-    page_table: Array, query_starts: Array, num_new: Array, num_computed: Array, num_rows: Array,
-    write_page: Array, write_offset: Array, decode_order: Array,
-    tile_rows: Array, tile_starts: Array, num_tiles: Array,
-    scale: float, window: int | None, logit_cap: float | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    cache: Array,
+    layer_index: int,
+    *,
+    page_table: Array,
+    query_starts: Array,
+    num_new: Array,
+    num_computed: Array,
+    num_rows: Array,
+    write_page: Array,
+    write_offset: Array,
+    decode_order: Array,
+    tile_rows: Array,
+    tile_starts: Array,
+    num_tiles: Array,
+    scale: float,
+    window: int | None,
+    logit_cap: float | None,
 ) -> tuple[Array, Array]:
     """Arguments as dispatch.paged_attention and dispatch.Work have them."""
     del num_rows  # padding rows have num_new == 0
@@ -143,7 +158,12 @@ def start(query: Array) -> tuple[Array, Array, Array]:
 
 
 def attend_tiles(
-    q: Array, out: Array, cache: Array, layer_index: int, rows: Rows, limits: Limits,
+    q: Array,
+    out: Array,
+    cache: Array,
+    layer_index: int,
+    rows: Rows,
+    limits: Limits,
     tiles: tuple[Array, Array, Array, int],
 ) -> Array:
     """Rows with several new tokens. q, out: f32 [T, K, G, H]; tiles: rows, first tokens, their number, tile size."""

@@ -44,9 +44,7 @@ def score_rows(vocab_size: int) -> int:
 
 
 class ProgramSet:
-    def __init__(
-        self, config: RunnerConfig, layout: CacheLayout, params: dict[str, Any], device: jax.Device
-    ) -> None:
+    def __init__(self, config: RunnerConfig, layout: CacheLayout, params: dict[str, Any], device: jax.Device) -> None:
         self.layout = layout
         self._config = config
         self._params = params
@@ -102,9 +100,7 @@ class ProgramSet:
 
     def _table_shapes(self) -> tuple[tables.Rows, tables.Tables]:
         config = self._config
-        return tables.table_shapes(
-            config.max_slots, config.arch.vocab_size, self._max_pages(), config.sampler_limits
-        )
+        return tables.table_shapes(config.max_slots, config.arch.vocab_size, self._max_pages(), config.sampler_limits)
 
     def fresh_state(self) -> DeviceState:
         """Empty pages and tables, made on the device: memory that was handed over from the host cannot be donated."""

@@ -223,8 +223,14 @@ def sampling(
 
     def run(first: Array) -> tuple[Array, tuple[Array, Array, Array, Array]]:
         part = lax.dynamic_slice_in_dim(logits, first, block)
-        ids = pick(part, lax.dynamic_slice_in_dim(slots, first, block), lax.dynamic_slice_in_dim(mask, first, block),
-                   rows, tables, uses)
+        ids = pick(
+            part,
+            lax.dynamic_slice_in_dim(slots, first, block),
+            lax.dynamic_slice_in_dim(mask, first, block),
+            rows,
+            tables,
+            uses,
+        )
         empty = empty_scores(block, num_top)
         scores = lax.cond(uses & int(Use.LOGPROBS) != 0, lambda: score(part, ids, num_top), lambda: empty)
         return ids, scores

@@ -56,9 +56,7 @@ class Tables:
     counts: Array  # i32 [.., V] generated ids, and the IN_PROMPT bit
 
 
-def table_shapes(
-    slots: int, vocab_size: int, max_pages: tuple[int, ...], limits: SamplerLimits
-) -> tuple[Rows, Tables]:
+def table_shapes(slots: int, vocab_size: int, max_pages: tuple[int, ...], limits: SamplerLimits) -> tuple[Rows, Tables]:
     """The tables as shapes and dtypes."""
     i32, f32 = np.int32, np.float32
 
