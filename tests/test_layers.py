@@ -26,6 +26,7 @@ LAYERS = (
     {"step"},
     {"request"},
     {"runner", "opened"},
+    {"plan_rules"},
     {"resolve", "features", "metrics"},
     {"kv"},
     {"scheduler"},

@@ -19,12 +19,12 @@ import numpy as np
 
 from backends.jax import compile_cache, mesh
 from backends.jax.load import load_weights
-from backends.jax.plans import check_plan
 from backends.jax.programs import DeviceState, ProgramSet
 from backends.jax.updates import Call, copy_calls, open_calls, page_calls
 from backends.jax.weights import param_bytes
 from engine.errors import ConfigError, StepFailed, check, fail
 from engine.opened import Use, is_poisoned, row_uses
+from engine.plan_rules import check_buckets, check_plan
 from engine.runner import DeviceInfo, Placement, Progress, RunnerConfig
 from engine.specs.cache import CacheLayout
 from engine.step import I32, U32, Event, Logprobs, OpenedRows, RowError, Sampler, StepPlan, StepResult
@@ -140,6 +140,7 @@ class Runner:
         check(len(plans) == 1, f"{len(plans)} plans for 1 replica")
         plan = plans[0]
         check_plan(plan, self._config)
+        check_buckets(plan, self._config)
         calls = self._table_calls(plan)
         step = self._describe_step(plan, calls, programs)
         self._steps.append(step)

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from backends.torch import device as devices
 from backends.torch.batch import Batch, known_ids, pack, rows_with, works_of
-from backends.torch.plans import check_plan
 from backends.torch.results import Outcome, Scores, read_result
 from backends.torch.sample import argmax, pick, score
 from backends.torch.tables import Tables
@@ -28,6 +27,7 @@ from backends.torch.weights import DTYPES, load_params
 from cuda_kernels.dispatch import cache_shape
 from engine.errors import ConfigError, StepFailed, check, fail
 from engine.opened import Use, is_poisoned, row_uses
+from engine.plan_rules import check_plan
 from engine.runner import DeviceInfo, Placement, Progress, RunnerConfig
 from engine.specs.cache import CacheLayout
 from engine.specs.checkpoint import stream_params

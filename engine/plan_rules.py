@@ -1,6 +1,6 @@
-"""What a plan must be like for this runner: a part that was not announced, or a size that was not agreed, is refused.
+"""What a plan must be like for a runner that announces neither drafts nor several turns nor state: refused otherwise.
 
-Raises InternalError: a plan is made by the engine, a wrong one is our own bug. Called by the runner at submit.
+Raises InternalError: the engine makes plans, a wrong one is our own bug. Called by backends/{jax,torch} at submit.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from engine.step import StepPlan
 
 
 def check_plan(plan: StepPlan, config: RunnerConfig) -> None:
+    """Parts that were not announced, sizes that do not agree, slots and lengths beyond what was configured."""
     step = f"step {plan.step_id}"
     for used, name in (
         (plan.num_steps != 1, "multi_step"),
@@ -36,3 +37,13 @@ def check_plan(plan: StepPlan, config: RunnerConfig) -> None:
         slots, longest = plan.slots, int((plan.num_computed + plan.num_new).max())
         check(slots.min() >= 0 and slots.max() < config.max_slots, f"{step}: slots {slots.tolist()}")
         check(longest <= config.max_model_len, f"{step}: a row of {longest}, the limit is {config.max_model_len}")
+
+
+def check_buckets(plan: StepPlan, config: RunnerConfig) -> None:
+    """The plan's bucket is one that was compiled, and holds the plan."""
+    for name, used, size, sizes in (
+        ("tokens", plan.num_tokens, plan.bucket.tokens, config.token_buckets),
+        ("rows", plan.num_rows, plan.bucket.rows, config.row_buckets),
+    ):
+        check(used <= size, f"step {plan.step_id}: {used} {name} in a bucket of {size}")
+        check(size in sizes, f"step {plan.step_id}: no bucket of {size} {name}")
