@@ -40,8 +40,9 @@ def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolve
     refuse_unsupported(config)
     dtype = resolve_dtype(config.model.dtype, arch, device)
     kv_dtype = dtype if config.cache.kv_cache_dtype == "auto" else config.cache.kv_cache_dtype
-    if kv_dtype not in DTYPE_BYTES:
-        raise ConfigError(f"--kv-cache-dtype: {kv_dtype!r} is not supported; one of auto, {', '.join(DTYPE_BYTES)}")
+    if kv_dtype not in device.supported_dtypes:
+        accepted = ", ".join(("auto", *device.supported_dtypes))
+        raise ConfigError(f"--kv-cache-dtype: {kv_dtype!r} is not supported on {device.name}; one of {accepted}")
     max_model_len = resolve_model_len(config.model.max_model_len, arch)
     seqs, batched = resolve_batch(config, device, max_model_len)
     page = resolve_page(config.cache.block_size, device)

@@ -103,6 +103,7 @@ def test_a_short_budget_shrinks_the_length_only_when_none_was_given() -> None:
         (EngineConfig(cache=CacheConfig(block_size=10)), "--block-size"),
         (EngineConfig(cache=CacheConfig(gpu_memory_utilization=1.5)), "--gpu-memory-utilization"),
         (EngineConfig(cache=CacheConfig(kv_cache_dtype="fp3")), "--kv-cache-dtype"),
+        (EngineConfig(cache=CacheConfig(kv_cache_dtype="float16")), "--kv-cache-dtype"),
         (EngineConfig(schedule=ScheduleConfig(max_num_seqs=0)), "--max-num-seqs"),
         (EngineConfig(schedule=ScheduleConfig(max_num_seqs=64, max_num_batched_tokens=8)), "--max-num-batched-tokens"),
         (EngineConfig(schedule=ScheduleConfig(scheduling_policy="lifo")), "--scheduling-policy"),
