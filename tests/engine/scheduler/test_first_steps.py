@@ -52,3 +52,29 @@ def test_pages_run_out_and_everybody_finishes() -> None:
     assert core.scheduler.stats().num_preemptions > 0
     for i, key in enumerate(keys):
         assert core.answers[key].tokens == alone(prompt_of(20, i), params).tokens
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("steps", [0, 1, 3, 8])
+def test_a_client_that_leaves_frees_its_pages_within_two_steps(depth: int, steps: int) -> None:
+    """Aborted before it begins, in its prompt, and while it generates; a neighbour keeps the engine busy."""
+    core = Core(Sizes(max_in_flight=depth))
+    stays = core.add(prompt_of(20, 1), SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True))
+    for _ in range(3):
+        core.step()
+    leaves = core.add(prompt_of(100), SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True))
+    for _ in range(steps):
+        core.step()
+
+    def others() -> float:
+        """Usage beyond the pages that the one that stays can have."""
+        pages = -(-(20 + len(core.answers[stays].tokens) + depth) // core.layout.groups[0].page_tokens)
+        return core.scheduler.stats().kv_usage - pages / (core.layout.pools[0].num_pages - 1)
+
+    if steps == 8:
+        assert others() > 0
+    core.abort(leaves)
+    for _ in range(2):
+        core.step()
+    assert core.scheduler.stats().num_running + core.scheduler.stats().num_waiting == 1
+    assert others() <= 1e-6
