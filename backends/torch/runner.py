@@ -10,18 +10,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from backends.torch import device as devices
-from backends.torch.batch import Batch, known_ids, pack, rows_with, works_of
-from backends.torch.results import Outcome, Scores, read_result
-from backends.torch.sample import argmax, pick, score
+from backends.torch.batch import pack
+from backends.torch.eager import SCORE_BYTES, EagerSteps
+from backends.torch.results import read_result
+from backends.torch.step import Loaded, Step
 from backends.torch.tables import Tables
 from backends.torch.weights import DTYPES, load_params
 from cuda_kernels.dispatch import cache_shape
@@ -36,26 +36,7 @@ from engine.step import I32, U32, Event, OpenedRows, Sampler, StepPlan, StepResu
 from torch_models.decoder import Decoder
 
 CLOSED = -1
-SCORE_BYTES = 256 << 20  # logits of prompt tokens that are scored together
 CPU_CACHE_BYTES = 8 << 30  # most that the KV pool takes of a host by itself
-
-
-@dataclass(slots=True, eq=False)
-class Step:
-    """A step between submit and collect; equal only to itself. It is its own handle."""
-
-    step_id: int
-    plan: StepPlan  # scalars and private copies only are read after submit
-    batch: Batch
-    sampling_rows: I32
-    sampling_slots: Tensor
-    uses: Use
-    poisoned: I32
-    mask: Tensor | None = None
-    begun: bool = False
-    ended: bool = False
-    outcome: Outcome | None = None
-    error: RuntimeError | None = None
 
 
 class Runner:
@@ -63,7 +44,7 @@ class Runner:
         self._steps: list[Step] = []
         self._decoder: Decoder | None = None
         self._tables: Tables | None = None
-        self._caches: list[Tensor] = []
+        self._work: EagerSteps | None = None
         self._jobs: deque[tuple[Step, Callable[[Step], None]]] = deque()  # on a CPU: begun, not done
         self._device = devices.choose_device("auto")
 
@@ -121,8 +102,9 @@ class Runner:
 
     def allocate_cache(self, layout: CacheLayout) -> None:
         config = self._config
-        self._layout = layout
-        self._caches = [
+        if self._decoder is None:
+            fail("load comes before allocate_cache")
+        caches = [
             torch.zeros(
                 cache_shape(pool.num_layers, pool.num_pages, pool.page_tokens, pool.num_kv_heads, pool.head_size),
                 dtype=DTYPES[config.kv_dtype],
@@ -135,14 +117,24 @@ class Runner:
             for index, group in enumerate(layout.groups)
             for nth, layer in enumerate(group.spec.layers)
         }
-        self._places = [found[layer] for layer in range(len(found))]
         max_pages = [-(-config.max_model_len // group.page_tokens) for group in layout.groups]
         self._tables = Tables(config.max_slots, max_pages, config.arch.vocab_size, config.sampler_limits, self._device)
+        loaded = Loaded(
+            config=config,
+            decoder=self._decoder,
+            tables=self._tables,
+            layout=layout,
+            caches=caches,
+            places=[found[layer] for layer in range(len(found))],
+        )
+        self._work = EagerSteps(loaded)
 
     def warm_up(self, progress: Progress | None = None) -> None:
         """Nothing is compiled; one call loads what torch loads lazily."""
         with torch.inference_mode():
-            decoder = self._ready()[0]
+            decoder = self._decoder
+            if decoder is None:
+                fail("load comes before warm_up")
             hidden = torch.zeros(1, self._config.arch.hidden_size, dtype=decoder.embed.dtype, device=self._device)
             decoder.logits(hidden)
         if progress is not None:
@@ -154,12 +146,12 @@ class Runner:
     def shutdown(self) -> None:
         self._jobs.clear()
         self._steps.clear()
-        self._decoder, self._tables, self._caches = None, None, []
+        self._decoder, self._tables, self._work = None, None, None
 
-    def _ready(self) -> tuple[Decoder, Tables]:
-        if self._decoder is None or self._tables is None:
+    def _ready(self) -> tuple[EagerSteps, Tables]:
+        if self._work is None or self._tables is None:
             fail("load and allocate_cache come first")
-        return self._decoder, self._tables
+        return self._work, self._tables
 
     # steps
 
@@ -259,80 +251,22 @@ class Runner:
 
     def _advance(self) -> None:
         """Start everything that may start, in order."""
+        work = self._ready()[0]
         for step in self._steps:
             if not step.begun:
                 step.begun = True
-                self._run(step, self._forward)
+                self._run(step, work.forward)
             if step.plan.late_mask and step.mask is None:
                 return
             if not step.ended:
                 step.ended = True
-                self._run(step, self._sample)
+                self._run(step, work.sample)
 
     def _run(self, step: Step, job: Callable[[Step], None]) -> None:
         if self._device.type == "cpu":
             self._jobs.append((step, job))  # collect does it
         else:
             do(step, job)
-
-    # jobs
-
-    def _forward(self, step: Step) -> None:
-        """Table updates, copies, the model, logits of the sampling rows, scores of prompt tokens."""
-        decoder, tables = self._ready()
-        plan, batch = step.plan, step.batch
-        if plan.opened is not None:
-            tables.open(plan.opened)
-        for group, delta in enumerate(plan.page_deltas):
-            if delta is not None and len(delta.slots):
-                tables.set_pages(group, delta)
-        if plan.copies is not None:
-            self._copy_pages(plan)
-        ids, bad = known_ids(batch, tables, self._config.arch.vocab_size)
-        if plan.num_rows:
-            works = works_of(batch, tables, self._layout, decoder.embed.dtype)
-            hidden, _ = decoder(ids, batch.positions, self._caches, self._places, works)
-        else:
-            hidden = torch.zeros(0, self._config.arch.hidden_size, device=self._device, dtype=decoder.embed.dtype)
-        logits = decoder.logits(hidden[batch.logit_rows])
-        broken = rows_with(batch, ~hidden.sum(dim=1, dtype=torch.float32).isfinite())
-        scores = self._score_prompt(decoder, hidden, plan)
-        step.outcome = Outcome(logits=logits, bad=bad, broken=broken, prompt_scores=scores)
-
-    def _score_prompt(self, decoder: Decoder, hidden: Tensor, plan: StepPlan) -> list[Scores]:
-        scored, pieces = plan.prompt_logprobs, []
-        if scored is None:
-            return []
-        tables = self._ready()[1]
-        piece = max(1, SCORE_BYTES // (4 * self._config.arch.vocab_size))
-        for start in range(0, len(scored.targets), piece):
-            chosen = tables.to_device(scored.token_idx[start : start + piece].astype(np.int64))
-            targets = tables.to_device(scored.targets[start : start + piece].astype(np.int64))
-            safe = targets.clamp(0, self._config.arch.vocab_size - 1)
-            pieces.append(score(decoder.logits(hidden[chosen]), safe, scored.num_top))
-        return pieces
-
-    def _sample(self, step: Step) -> None:
-        outcome, plan = step.outcome, step.plan
-        if outcome is None:
-            fail(f"step {step.step_id} has not run")
-        tables, logits = self._ready()[1], outcome.logits
-        plain = step.uses is Use.NONE or (plan.sampler is Sampler.GREEDY and not plan.late_mask)
-        tokens = argmax(logits) if plain else pick(logits, step.sampling_slots, step.mask, tables, step.uses)
-        tables.advance(step.sampling_slots, tokens)
-        scores = score(logits, tokens, plan.num_logprobs) if plan.num_logprobs >= 0 else None
-        outcome.finish(tokens, scores)
-
-    def _copy_pages(self, plan: StepPlan) -> None:
-        copies = plan.copies
-        if copies is None:
-            return
-        for i in range(len(copies.source)):
-            parts = (copies.pool, copies.source, copies.target, copies.tokens)
-            pool, source, target, count = (int(part[i]) for part in parts)
-            page = self._layout.pools[pool].page_tokens
-            cache = self._caches[pool]
-            cache[..., target * page : target * page + count, :] = cache[..., source * page : source * page + count, :]
 
 
 def do(step: Step, job: Callable[[Step], None]) -> None:

@@ -1,0 +1,90 @@
+"""A step as plain torch calls, any shape: forward, scores of prompt tokens, sampling.
+
+Called by the runner: on a CPU from `collect`, on a GPU from `submit`. backends/torch/graphs.py takes a GPU's decode
+steps away from here.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from backends.torch.batch import known_ids, rows_with, works_of
+from backends.torch.results import Outcome, Scores
+from backends.torch.sample import argmax, pick, score
+from backends.torch.step import Loaded, Step
+from engine.errors import fail
+from engine.opened import Use
+from engine.step import Sampler, StepPlan
+
+SCORE_BYTES = 256 << 20  # logits of prompt tokens that are scored together
+
+
+class EagerSteps:
+    def __init__(self, loaded: Loaded) -> None:
+        self._loaded = loaded
+
+    def forward(self, step: Step) -> None:
+        """Table updates, copies, the model, logits of the sampling rows, scores of prompt tokens."""
+        decoder, tables = self._loaded.decoder, self._loaded.tables
+        vocab, width = decoder.spec.vocab_size, decoder.spec.hidden_size
+        plan, batch = step.plan, step.batch
+        self.update_tables(plan)
+        ids, bad = known_ids(batch, tables, vocab)
+        if plan.num_rows:
+            works = works_of(batch, tables, self._loaded.layout, decoder.embed.dtype)
+            hidden, _ = decoder(ids, batch.positions, self._loaded.caches, self._loaded.places, works)
+        else:
+            hidden = torch.zeros(0, width, device=tables.device, dtype=decoder.embed.dtype)
+        logits = decoder.logits(hidden[batch.logit_rows])
+        broken = rows_with(batch, ~hidden.sum(dim=1, dtype=torch.float32).isfinite())
+        scores = self._score_prompt(hidden, plan)
+        step.outcome = Outcome(logits=logits, bad=bad, broken=broken, prompt_scores=scores)
+
+    def sample(self, step: Step) -> None:
+        outcome, plan, tables = step.outcome, step.plan, self._loaded.tables
+        if outcome is None:
+            fail(f"step {step.step_id} has not run")
+        logits = outcome.logits
+        plain = step.uses is Use.NONE or (plan.sampler is Sampler.GREEDY and not plan.late_mask)
+        tokens = argmax(logits) if plain else pick(logits, step.sampling_slots, step.mask, tables, step.uses)
+        tables.advance(step.sampling_slots, tokens)
+        scores = score(logits, tokens, plan.num_logprobs) if plan.num_logprobs >= 0 else None
+        outcome.finish(tokens, scores)
+
+    def update_tables(self, plan: StepPlan) -> None:
+        """What a plan brings before its forward pass."""
+        tables = self._loaded.tables
+        if plan.opened is not None:
+            tables.open(plan.opened)
+        for group, delta in enumerate(plan.page_deltas):
+            if delta is not None and len(delta.slots):
+                tables.set_pages(group, delta)
+        if plan.copies is not None:
+            self._copy_pages(plan)
+
+    def _score_prompt(self, hidden: Tensor, plan: StepPlan) -> list[Scores]:
+        scored, pieces = plan.prompt_logprobs, []
+        if scored is None:
+            return []
+        decoder, tables = self._loaded.decoder, self._loaded.tables
+        vocab = decoder.spec.vocab_size
+        piece = max(1, SCORE_BYTES // (4 * vocab))
+        for start in range(0, len(scored.targets), piece):
+            chosen = tables.to_device(scored.token_idx[start : start + piece].astype(np.int64))
+            targets = tables.to_device(scored.targets[start : start + piece].astype(np.int64))
+            safe = targets.clamp(0, vocab - 1)
+            pieces.append(score(decoder.logits(hidden[chosen]), safe, scored.num_top))
+        return pieces
+
+    def _copy_pages(self, plan: StepPlan) -> None:
+        copies = plan.copies
+        if copies is None:
+            return
+        for i in range(len(copies.source)):
+            parts = (copies.pool, copies.source, copies.target, copies.tokens)
+            pool, source, target, count = (int(part[i]) for part in parts)
+            page = self._loaded.layout.pools[pool].page_tokens
+            cache = self._loaded.caches[pool]
+            cache[..., target * page : target * page + count, :] = cache[..., source * page : source * page + count, :]

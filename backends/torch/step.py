@@ -1,0 +1,46 @@
+"""A step between submit and collect, and what a runner's rooms share of a loaded model. Data alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from backends.torch.batch import Batch
+from backends.torch.results import Outcome
+from backends.torch.tables import Tables
+from engine.opened import Use
+from engine.runner import RunnerConfig
+from engine.specs.cache import CacheLayout
+from engine.step import I32, StepPlan
+from torch_models.decoder import Decoder
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """Equal only to itself: it is its own handle."""
+
+    step_id: int
+    plan: StepPlan  # scalars and private copies only are read after submit
+    batch: Batch
+    sampling_rows: I32
+    sampling_slots: Tensor
+    uses: Use
+    poisoned: I32
+    mask: Tensor | None = None
+    begun: bool = False
+    ended: bool = False
+    outcome: Outcome | None = None
+    error: RuntimeError | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A model that is ready to take steps."""
+
+    config: RunnerConfig
+    decoder: Decoder
+    tables: Tables
+    layout: CacheLayout
+    caches: list[Tensor]  # one a pool
+    places: list[tuple[int, int, int]]  # per layer: group, pool, index of the layer within its pool
