@@ -25,16 +25,16 @@ INTS = ("top_k", "min_tokens", "num_outputs")
 
 
 class Tables:
-    """All tensors [max_slots, ...] on the device."""
+    """All tensors [max_slots + 1, ...] on the device."""
 
     def __init__(
         self, max_slots: int, max_pages: Sequence[int], vocab_size: int, limits: SamplerLimits, device: torch.device
     ) -> None:
         self.device = device
-        self._slots = max_slots
+        self._slots = max_slots + 1  # the last one takes the padded rows of a GPU step
         self._vocab = vocab_size
         self._limits = limits
-        self.pages = [self._full(0, torch.int64, count) for count in max_pages]
+        self.pages = [self._full(0, torch.int32, count) for count in max_pages]
         self.last_token = self._full(0, torch.int64)
         for name in FLOATS:
             setattr(self, name, self._full(0, torch.float32))
@@ -60,7 +60,7 @@ class Tables:
 
     def set_pages(self, group: int, delta: PageDelta) -> None:
         packed = self.to_device(np.stack([delta.slots, delta.columns, delta.pages]).astype(np.int64))
-        self.pages[group][packed[0], packed[1]] = packed[2]
+        self.pages[group][packed[0], packed[1]] = packed[2].int()
 
     def open(self, opened: OpenedRows) -> None:
         """Begin tenancies."""
