@@ -6,9 +6,12 @@ Letters: T tokens · S rows · N query heads · K KV heads · H head size · L l
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -38,11 +41,30 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return (cpu_linear if x.device.type == "cpu" else functional).linear(x, weight, bias)
 
 
+def has_fused_kernels(device: torch.device) -> bool:
+    """Whether the triton kernels run here: on a GPU with triton installed, or in triton's interpreter."""
+    wanted = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return wanted and find_spec("triton") is not None
+
+
 def cache_shape(
-    num_layers: int, num_pages: int, page_tokens: int, num_kv_heads: int, head_size: int
+    num_layers: int, num_pages: int, page_tokens: int, num_kv_heads: int, head_size: int, fused: bool
 ) -> tuple[int, ...]:
-    """[L, 2, K, P * page, H]: keys, then values; a head's tokens lie together, so that pages gather without a turn."""
+    """Keys, then values of a pool. fused: for the triton kernels [L, 2, P, K, page, H], where a page lies together;
+    else [L, 2, K, P * page, H], where a head's tokens do, so that pages gather without a turn.
+    """
+    if fused:
+        return (num_layers, 2, num_pages, num_kv_heads, page_tokens, head_size)
     return (num_layers, 2, num_kv_heads, num_pages * page_tokens, head_size)
+
+
+def copy_page(cache: Tensor, source: int, target: int, count: int, page_tokens: int) -> None:
+    """Copy the first `count` tokens of a page in all layers. cache: as cache_shape has it."""
+    if cache.dim() == 6:
+        cache[:, :, target, :, :count] = cache[:, :, source, :, :count]
+    else:
+        target, source = target * page_tokens, source * page_tokens
+        cache[..., target : target + count, :] = cache[..., source : source + count, :]
 
 
 def paged_attention(

@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backends.torch.batch import known_ids, rows_with, works_of
+from backends.torch.batch import Batch, known_ids, pack, rows_with, works_of
 from backends.torch.results import Outcome, Scores
 from backends.torch.sample import argmax, pick, score
 from backends.torch.step import Loaded, Step
+from cuda_kernels.dispatch import copy_page
 from engine.errors import fail
 from engine.opened import Use
+from engine.runner import Progress
 from engine.step import Sampler, StepPlan
 
 SCORE_BYTES = 256 << 20  # logits of prompt tokens that are scored together
@@ -25,26 +27,49 @@ class EagerSteps:
     def __init__(self, loaded: Loaded) -> None:
         self._loaded = loaded
 
+    def warm_up(self, progress: Progress | None = None) -> None:
+        """Nothing is compiled; one call loads what torch loads lazily."""
+        decoder = self._loaded.decoder
+        shape = (1, decoder.spec.hidden_size)
+        self.logits(torch.zeros(shape, dtype=decoder.embed.dtype, device=self._loaded.tables.device))
+        if progress is not None:
+            progress("warm_up", 1, 1)
+
+    def prepare(self, step: Step) -> None:
+        """Copy out of the plan what the later jobs read."""
+        step.batch = pack(step.plan, self._loaded.tables)
+        step.sampling_slots = self._loaded.tables.to_device(step.plan.slots[step.sampling_rows].astype(np.int64))
+
     def forward(self, step: Step) -> None:
         """Table updates, copies, the model, logits of the sampling rows, scores of prompt tokens."""
         decoder, tables = self._loaded.decoder, self._loaded.tables
-        vocab, width = decoder.spec.vocab_size, decoder.spec.hidden_size
         plan, batch = step.plan, step.batch
+        if batch is None:
+            fail(f"step {step.step_id} was not prepared")
         self.update_tables(plan)
-        ids, bad = known_ids(batch, tables, vocab)
+        ids, bad = known_ids(batch, tables, decoder.spec.vocab_size)
         if plan.num_rows:
-            works = works_of(batch, tables, self._loaded.layout, decoder.embed.dtype)
-            hidden, _ = decoder(ids, batch.positions, self._loaded.caches, self._loaded.places, works)
+            hidden = self.hidden(batch, ids)
         else:
-            hidden = torch.zeros(0, width, device=tables.device, dtype=decoder.embed.dtype)
-        logits = decoder.logits(hidden[batch.logit_rows])
+            hidden = torch.zeros(0, decoder.spec.hidden_size, device=tables.device, dtype=decoder.embed.dtype)
+        logits = self.logits(hidden[batch.logit_rows])
         broken = rows_with(batch, ~hidden.sum(dim=1, dtype=torch.float32).isfinite())
         scores = self._score_prompt(hidden, plan)
         step.outcome = Outcome(logits=logits, bad=bad, broken=broken, prompt_scores=scores)
 
+    def hidden(self, batch: Batch, ids: Tensor) -> Tensor:
+        """What the last layer leaves, as `logits` takes it: [T, D]. ids: i64 [T] in [0, V)."""
+        loaded = self._loaded
+        works = works_of(batch, loaded.tables, loaded.layout, loaded.decoder.embed.dtype)
+        return loaded.decoder(ids, batch.positions, loaded.caches, loaded.places, works)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """f32 [T, V]. hidden: [T, D]."""
+        return self._loaded.decoder.logits(hidden)
+
     def sample(self, step: Step) -> None:
         outcome, plan, tables = step.outcome, step.plan, self._loaded.tables
-        if outcome is None:
+        if outcome is None or step.sampling_slots is None:
             fail(f"step {step.step_id} has not run")
         logits = outcome.logits
         plain = step.uses is Use.NONE or (plan.sampler is Sampler.GREEDY and not plan.late_mask)
@@ -62,29 +87,26 @@ class EagerSteps:
             if delta is not None and len(delta.slots):
                 tables.set_pages(group, delta)
         if plan.copies is not None:
-            self._copy_pages(plan)
+            self.copy_pages(plan)
 
     def _score_prompt(self, hidden: Tensor, plan: StepPlan) -> list[Scores]:
         scored, pieces = plan.prompt_logprobs, []
         if scored is None:
             return []
-        decoder, tables = self._loaded.decoder, self._loaded.tables
-        vocab = decoder.spec.vocab_size
+        tables, vocab = self._loaded.tables, self._loaded.decoder.spec.vocab_size
         piece = max(1, SCORE_BYTES // (4 * vocab))
         for start in range(0, len(scored.targets), piece):
             chosen = tables.to_device(scored.token_idx[start : start + piece].astype(np.int64))
             targets = tables.to_device(scored.targets[start : start + piece].astype(np.int64))
             safe = targets.clamp(0, vocab - 1)
-            pieces.append(score(decoder.logits(hidden[chosen]), safe, scored.num_top))
+            pieces.append(score(self.logits(hidden[chosen]), safe, scored.num_top))
         return pieces
 
-    def _copy_pages(self, plan: StepPlan) -> None:
+    def copy_pages(self, plan: StepPlan) -> None:
         copies = plan.copies
         if copies is None:
             return
         for i in range(len(copies.source)):
             parts = (copies.pool, copies.source, copies.target, copies.tokens)
             pool, source, target, count = (int(part[i]) for part in parts)
-            page = self._loaded.layout.pools[pool].page_tokens
-            cache = self._loaded.caches[pool]
-            cache[..., target * page : target * page + count, :] = cache[..., source * page : source * page + count, :]
+            copy_page(self._loaded.caches[pool], source, target, count, self._loaded.layout.pools[pool].page_tokens)

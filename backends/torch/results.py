@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.errors import fail
 from engine.step import I32, Logprobs, RowError, StepPlan, StepResult
 
 Scores = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -23,9 +24,10 @@ class Outcome:
 
     logits: Tensor  # f32 [L, V]
     bad: Tensor  # bool [S] rows whose token ids were clamped
-    broken: Tensor  # bool [S] rows with a hidden state that is not finite, at any of their tokens
+    broken: Tensor | None = None  # bool [S] rows with a hidden state not finite at any token; None: the logits tell
     prompt_scores: list[Scores] = field(default_factory=list)
-    packed: Tensor | None = None  # i64 [2L + 2S] on the host: tokens, non-finite logits, broken, bad
+    packed: Tensor | None = None  # integers on the host: tokens [L], non-finite logits [L], bad [S], broken [S]
+    starts: tuple[int, ...] = ()  # where the parts begin in packed
     scores: Scores | None = None
     ready: torch.cuda.Event | None = None
 
@@ -33,10 +35,17 @@ class Outcome:
         """Begin the copy to the host."""
         # +inf and NaN are not less than +inf; -inf is lawful
         unfit = ~(self.logits < torch.inf).all(dim=1)
-        packed = torch.cat([tokens, unfit.long(), self.broken.long(), self.bad.long()])
-        self.packed = packed.to("cpu", non_blocking=True)
+        parts = [tokens, unfit.long(), self.bad.long()]
+        if self.broken is not None:
+            parts.append(self.broken.long())
         self.scores = scores
-        if packed.is_cuda:
+        count = len(tokens)
+        self.send(torch.cat(parts).to("cpu", non_blocking=True), (0, count, 2 * count, 2 * count + len(self.bad)))
+
+    def send(self, packed: Tensor, starts: tuple[int, ...]) -> None:
+        """packed is on its way from the device of the logits."""
+        self.packed, self.starts = packed, starts
+        if self.logits.is_cuda:
             self.ready = torch.cuda.Event()
             self.ready.record()
 
@@ -45,16 +54,19 @@ def read_result(plan: StepPlan, sampling_rows: I32, poisoned: I32, outcome: Outc
     """Wait for the device. Raises what the device raised."""
     if outcome.ready is not None:
         outcome.ready.synchronize()
-    packed = outcome.packed.numpy() if outcome.packed is not None else np.zeros(0, np.int64)
-    count = len(sampling_rows)
-    num_sampled = np.zeros(plan.num_rows, np.int32)
-    tokens = np.zeros((plan.num_rows, 1), np.int32)
-    error = np.zeros(plan.num_rows, np.uint8)
+    if outcome.packed is None:
+        fail(f"step {plan.step_id} did not sample")
+    packed, (token_at, unfit_at, bad_at, *broken_at) = outcome.packed.numpy(), outcome.starts
+    count, rows = len(sampling_rows), plan.num_rows
+    num_sampled = np.zeros(rows, np.int32)
+    tokens = np.zeros((rows, 1), np.int32)
+    error = np.zeros(rows, np.uint8)
     num_sampled[sampling_rows] = 1
-    tokens[sampling_rows, 0] = packed[:count]
-    error[sampling_rows[packed[count : 2 * count] != 0]] = RowError.NON_FINITE
-    error[packed[2 * count : 2 * count + plan.num_rows] != 0] = RowError.NON_FINITE
-    error[packed[2 * count + plan.num_rows :] != 0] = RowError.BAD_TOKEN_ID
+    tokens[sampling_rows, 0] = packed[token_at : token_at + count]
+    error[sampling_rows[packed[unfit_at : unfit_at + count] != 0]] = RowError.NON_FINITE
+    if outcome.broken is not None:
+        error[packed[broken_at[0] : broken_at[0] + rows] != 0] = RowError.NON_FINITE
+    error[packed[bad_at : bad_at + rows] != 0] = RowError.BAD_TOKEN_ID
     error[poisoned] = RowError.BAD_TOKEN_ID
     return StepResult(
         step_id=plan.step_id,

@@ -18,13 +18,12 @@ import numpy as np
 import torch
 
 from backends.torch import device as devices
-from backends.torch.batch import pack
 from backends.torch.eager import SCORE_BYTES, EagerSteps
 from backends.torch.results import read_result
 from backends.torch.step import Loaded, Step
 from backends.torch.tables import Tables
 from backends.torch.weights import DTYPES, load_params
-from cuda_kernels.dispatch import cache_shape
+from cuda_kernels.dispatch import cache_shape, has_fused_kernels
 from engine.errors import ConfigError, StepFailed, check, fail
 from engine.opened import Use, is_poisoned, row_uses
 from engine.plan_rules import check_plan
@@ -104,9 +103,12 @@ class Runner:
         config = self._config
         if self._decoder is None:
             fail("load comes before allocate_cache")
+        fused = has_fused_kernels(self._device)
         caches = [
             torch.zeros(
-                cache_shape(pool.num_layers, pool.num_pages, pool.page_tokens, pool.num_kv_heads, pool.head_size),
+                cache_shape(
+                    pool.num_layers, pool.num_pages, pool.page_tokens, pool.num_kv_heads, pool.head_size, fused
+                ),
                 dtype=DTYPES[config.kv_dtype],
                 device=self._device,
             )
@@ -127,18 +129,17 @@ class Runner:
             caches=caches,
             places=[found[layer] for layer in range(len(found))],
         )
-        self._work = EagerSteps(loaded)
+        self._work = self._room(loaded) if fused else EagerSteps(loaded)
+
+    def _room(self, loaded: Loaded) -> EagerSteps:
+        from backends.torch.gpu import GpuSteps  # needs triton
+
+        return GpuSteps(loaded)
 
     def warm_up(self, progress: Progress | None = None) -> None:
-        """Nothing is compiled; one call loads what torch loads lazily."""
+        work = self._ready()[0]
         with torch.inference_mode():
-            decoder = self._decoder
-            if decoder is None:
-                fail("load comes before warm_up")
-            hidden = torch.zeros(1, self._config.arch.hidden_size, dtype=decoder.embed.dtype, device=self._device)
-            decoder.logits(hidden)
-        if progress is not None:
-            progress("warm_up", 1, 1)
+            work.warm_up(progress)
 
     def num_compiles(self) -> int:
         return 0
@@ -156,7 +157,7 @@ class Runner:
     # steps
 
     def submit(self, plans: Sequence[StepPlan]) -> Step:
-        _, tables = self._ready()
+        work = self._ready()[0]
         check(len(self._steps) < self._config.max_in_flight, f"{len(self._steps)} steps are in flight already")
         check(len(plans) == 1, f"{len(plans)} plans for 1 replica")
         plan = plans[0]
@@ -171,12 +172,11 @@ class Runner:
         step = Step(
             step_id=plan.step_id,
             plan=plan,
-            batch=pack(plan, tables),
             sampling_rows=rows,
-            sampling_slots=tables.to_device(slots.astype(np.int64)),
             uses=uses,
             poisoned=self._poisoned_rows(plan),
         )
+        work.prepare(step)
         self._steps.append(step)
         self._advance()
         return step

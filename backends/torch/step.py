@@ -22,11 +22,13 @@ class Step:
 
     step_id: int
     plan: StepPlan  # scalars and private copies only are read after submit
-    batch: Batch
     sampling_rows: I32
-    sampling_slots: Tensor
     uses: Use
     poisoned: I32
+    # set by `prepare` of the room that runs it
+    batch: Batch | None = None
+    sampling_slots: Tensor | None = None
+    graph_inputs: tuple[int, Tensor] | None = None  # (size, pinned) of a decode step that is replayed
     mask: Tensor | None = None
     begun: bool = False
     ended: bool = False

@@ -1,0 +1,105 @@
+"""Steps on a GPU: decode steps through captured graphs, any other step through the same fused kernels without one.
+
+Called by the runner at `submit`. A decode step (every row has one new token and samples) is one copy of a pinned buffer
+to the device, a graph for the forward pass, one for greedy sampling or the sampler's own launches, and one copy back.
+Letters: T tokens · S rows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from backends.torch.batch import Batch
+from backends.torch.eager import EagerSteps
+from backends.torch.graphs import DecodeGraphs
+from backends.torch.results import Outcome
+from backends.torch.step import Loaded, Step
+from cuda_kernels.attention_ragged import make_work
+from cuda_kernels.gpu_attention import GpuWork
+from engine.opened import Use
+from engine.runner import Progress
+from engine.step import Sampler, StepPlan
+from torch_models.fused import FusedDecoder
+
+
+class GpuSteps(EagerSteps):
+    def __init__(self, loaded: Loaded) -> None:
+        super().__init__(loaded)
+        self._fused = FusedDecoder(loaded.decoder)
+        self._graphs = DecodeGraphs(loaded, self._fused)
+
+    def warm_up(self, progress: Progress | None = None) -> None:
+        self._graphs.capture(progress)
+
+    def prepare(self, step: Step) -> None:
+        if self._is_decode(step.plan):
+            step.graph_inputs = self._graphs.prepare(step.plan)
+        else:
+            super().prepare(step)
+
+    def _is_decode(self, plan: StepPlan) -> bool:
+        rows = plan.num_rows
+        if not 0 < rows <= self._graphs.sizes[-1] or plan.num_tokens != rows or len(plan.logit_rows) != rows:
+            return False
+        few = all(delta is None or len(delta.slots) <= rows for delta in plan.page_deltas)
+        return few and plan.prompt_logprobs is None
+
+    def forward(self, step: Step) -> None:
+        if step.graph_inputs is None:
+            super().forward(step)
+            return
+        plan = step.plan
+        if plan.opened is not None:
+            self._loaded.tables.open(plan.opened)
+        if plan.copies is not None:
+            self.copy_pages(plan)
+        size, inputs = step.graph_inputs
+        self._graphs.forward(size, inputs)
+        step.outcome = Outcome(logits=self._graphs.logits[: plan.num_rows], bad=self._graphs.bad[: plan.num_rows])
+
+    def sample(self, step: Step) -> None:
+        outcome, plan = step.outcome, step.plan
+        if step.graph_inputs is None or outcome is None:
+            super().sample(step)
+            return
+        plain = step.uses is Use.NONE or (plan.sampler is Sampler.GREEDY and not plan.late_mask)
+        if not plain or plan.num_logprobs >= 0:
+            step.sampling_slots = self._graphs.slots(plan.num_rows)
+            super().sample(step)
+            return
+        outcome.send(*self._graphs.end(step.graph_inputs[0]))
+
+    # any other step
+
+    def hidden(self, batch: Batch, ids: Tensor) -> Tensor:
+        loaded = self._loaded
+        turns = loaded.decoder.turns(batch.positions)
+        return self._fused.run(self._fused.embedded(ids), turns, loaded.caches, loaded.places, self._works(batch))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self._fused.logits(hidden)
+
+    def _works(self, batch: Batch) -> list[GpuWork]:
+        tables, layout = self._loaded.tables, self._loaded.layout
+        num_new = np.array(batch.num_new, np.int32)
+        starts = np.array([*batch.starts, len(batch.token_ids)], np.int32)
+        numbers = tables.to_device(np.concatenate([starts, num_new + np.array(batch.num_computed, np.int32)]))
+        query_starts, lengths = numbers.split([len(starts), len(num_new)])
+        tiles = make_work(num_new, tables.device)
+        slots = batch.slots.int()
+        works = []
+        for group, pages in zip(layout.groups, tables.pages, strict=True):
+            page = pages[batch.slots[batch.token_rows], batch.index // group.page_tokens]
+            works.append(
+                GpuWork(
+                    page_table=pages,
+                    slots=slots,
+                    lengths=lengths,
+                    workspace=self._graphs.workspace,
+                    query_starts=query_starts,
+                    write_at=page * group.page_tokens + batch.index % group.page_tokens,
+                    tiles=tiles,
+                )
+            )
+        return works

@@ -1,0 +1,154 @@
+"""Decode steps of a GPU as captured CUDA graphs: one for the forward pass, one for greedy sampling, for each size.
+
+Called by backends/torch/gpu.py. Rows are padded to the next captured size with rows of the padding slot, whose pages
+are all the null page. Every graph reads the same static buffers; sizes are captured from the largest down, so that they
+share one memory pool. Off a GPU (triton's interpreter, in tests) the bodies run as they are.
+Always true: what a graph reads is written on the same stream, in the order of submission.
+Letters: S rows · G groups · V vocabulary.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from backends.torch.step import Loaded
+from cuda_kernels import attention_decode
+from cuda_kernels.gpu_attention import GpuWork
+from engine.runner import Progress
+from engine.step import StepPlan
+from torch_models.fused import FusedDecoder
+
+SLOTS, COMPUTED, TOKENS, DELTAS = 0, 1, 2, 3  # rows of the input buffer; from DELTAS on three a group
+
+
+def capture_sizes(max_rows: int) -> list[int]:
+    """Rows of the captured decode steps, ascending, up to max_rows."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 513, 32), *range(576, max_rows + 64, 64)]
+    return sorted({min(size, max_rows) for size in sizes})
+
+
+class DecodeGraphs:
+    """logits f32 [largest, V] holds the rows of the step that was launched last."""
+
+    def __init__(self, loaded: Loaded, fused: FusedDecoder) -> None:
+        config, device = loaded.config, loaded.tables.device
+        self._loaded = loaded
+        self._fused = fused
+        self.sizes = capture_sizes(min(config.max_slots, config.max_batched_tokens))
+        self._padding = config.max_slots
+        self._lines = DELTAS + 3 * len(loaded.layout.groups)
+        largest, pinned = self.sizes[-1], device.type == "cuda"
+        self._inputs = torch.zeros(self._lines * largest, dtype=torch.int32, device=device)
+        self._packed = torch.zeros(3 * largest, dtype=torch.int32, device=device)
+        ring = range(config.max_in_flight + 1)
+        self._sent = [torch.zeros(len(self._inputs), dtype=torch.int32, pin_memory=pinned) for _ in ring]
+        self._answers = [torch.zeros(len(self._packed), dtype=torch.int32, pin_memory=pinned) for _ in ring]
+        self._turn = self._answer = 0
+        self.logits = torch.empty(largest, config.arch.vocab_size, dtype=torch.float32, device=device)
+        self.bad = torch.zeros(largest, dtype=torch.bool, device=device)  # rows whose ids were outside the vocabulary
+        heads = max(layer.mixer.num_heads for layer in config.arch.layers)
+        size = max(layer.mixer.head_size for layer in config.arch.layers)
+        self.workspace = attention_decode.make_workspace(largest, heads, size, device)
+        self._forwards: dict[int, Callable[[], None]] = {}
+        self._endings: dict[int, Callable[[], None]] = {}
+
+    def capture(self, progress: Progress | None = None) -> None:
+        pool = None
+        for done, size in enumerate(reversed(self.sizes)):
+            for bodies, body in ((self._forwards, self._forward), (self._endings, self._end)):
+                bodies[size] = run = partial(body, size)
+                if not self._inputs.is_cuda:
+                    continue
+                self._inputs[: self._lines * size].copy_(self._fill(size, None))
+                run()  # kernels are compiled here, and libraries take their workspaces
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool):
+                    run()
+                pool = graph.pool()
+                bodies[size] = graph.replay
+            if progress is not None:
+                progress("warm_up", done + 1, len(self.sizes))
+
+    # a step
+
+    def prepare(self, plan: StepPlan) -> tuple[int, Tensor]:
+        """(size, pinned inputs). Everything is copied out of the plan."""
+        size = self.sizes[bisect_left(self.sizes, plan.num_rows)]
+        self._turn = (self._turn + 1) % len(self._sent)
+        return size, self._fill(size, plan)
+
+    def forward(self, size: int, inputs: Tensor) -> None:
+        self._inputs[: len(inputs)].copy_(inputs, non_blocking=True)
+        self._forwards[size]()
+
+    def end(self, size: int) -> tuple[Tensor, tuple[int, int, int]]:
+        """Greedy sampling of the step launched last. -> (i32 [3 * S] on its way to the host, where its parts begin)."""
+        self._endings[size]()
+        self._answer = (self._answer + 1) % len(self._answers)
+        answer = self._answers[self._answer][: 3 * size]
+        answer.copy_(self._packed[: 3 * size], non_blocking=True)
+        return answer, (0, size, 2 * size)
+
+    def slots(self, rows: int) -> Tensor:
+        """i64 [rows] slots of the step launched last."""
+        return self._inputs[:rows].long()
+
+    def _fill(self, size: int, plan: StepPlan | None) -> Tensor:
+        buffer = self._sent[self._turn][: self._lines * size]
+        lines = buffer.view(self._lines, size).numpy()
+        rows = 0 if plan is None else plan.num_rows
+        lines[:, rows:] = 0
+        lines[SLOTS, rows:] = self._padding
+        if plan is not None:
+            lines[SLOTS, :rows], lines[COMPUTED, :rows], lines[TOKENS, :rows] = (
+                plan.slots,
+                plan.num_computed,
+                plan.token_ids,
+            )
+        for group in range((self._lines - DELTAS) // 3):
+            at = DELTAS + 3 * group
+            delta = plan.page_deltas[group] if plan is not None and plan.page_deltas else None
+            count = 0 if delta is None else len(delta.slots)
+            if delta is not None:
+                lines[at, :count], lines[at + 1, :count], lines[at + 2, :count] = (
+                    delta.slots,
+                    delta.columns,
+                    delta.pages,
+                )
+            lines[at, count:] = self._padding
+            lines[at + 1 : at + 3, count:] = 0
+        return buffer
+
+    # bodies of the graphs
+
+    def _forward(self, size: int) -> None:
+        loaded, tables, spec = self._loaded, self._loaded.tables, self._fused.spec
+        lines = self._inputs[: self._lines * size].view(self._lines, size)
+        for group, pages in enumerate(tables.pages):
+            slots, columns, values = lines[DELTAS + 3 * group : DELTAS + 3 * group + 3]
+            pages.index_put_((slots.long(), columns.long()), values)
+        ids = torch.where(lines[TOKENS] == -1, tables.last_token[lines[SLOTS].long()].int(), lines[TOKENS])
+        self.bad[:size] = (ids < 0) | (ids >= spec.vocab_size)
+        x = self._fused.embedded(ids.clamp(0, spec.vocab_size - 1))
+        lengths = lines[COMPUTED] + 1
+        works = [
+            GpuWork(page_table=pages, slots=lines[SLOTS], lengths=lengths, workspace=self.workspace)
+            for pages in tables.pages
+        ]
+        x = self._fused.run(x, loaded.decoder.turns(lines[COMPUTED]), loaded.caches, loaded.places, works)
+        self._fused.logits(x, out=self.logits[:size])
+
+    def _end(self, size: int) -> None:
+        tables, logits = self._loaded.tables, self.logits[:size]
+        slots = self.slots(size)
+        tokens = logits.argmax(dim=1)
+        unfit = ~(logits < torch.inf).all(dim=1)
+        tables.last_token[slots] = tokens
+        tables.num_outputs[slots] += 1
+        torch.cat([tokens.int(), unfit.int(), self.bad[:size].int()], out=self._packed[: 3 * size])
