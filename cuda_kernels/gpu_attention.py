@@ -1,7 +1,7 @@
 """Attention of a GPU step: from the fused qkv product to the outputs of the heads.
 
-Query-key norm, rope, cache write and attention, called by torch_models/fused.py. A step in which every row has one token
-takes one launch (`decode_attention`), any other step two (`rope_and_write`, `ragged_attention`). Needs triton.
+Query-key norm, rope, cache write and attention, called by torch_models/fused.py. A step in which every row has one
+token takes one launch (`decode_attention`), any other step two (`rope_and_write`, `ragged_attention`). Needs triton.
 Letters: T tokens · S rows · N query heads · K KV heads · H head size · R rotary size · L layers of a pool · P pages.
 """
 
@@ -50,7 +50,8 @@ def attend(
 ) -> Tensor:
     """Write this step's keys and values into the pages, then attend. -> [T, N * H].
 
-    qkv: [T, (N + 2K) * H]; turn: cos and sin, f32 [T, R / 2], None without rope; cache: [L, 2, P, K, page, H], changed in place.
+    qkv: [T, (N + 2K) * H]; turn: cos and sin, f32 [T, R / 2], None without rope; cache: [L, 2, P, K, page, H], changed
+    in place.
     """
     cos, sin = turn
     norms = {
