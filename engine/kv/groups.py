@@ -140,7 +140,7 @@ class PageTable:
     def missing(self, slots: I64, ends: I32) -> tuple[I64, I32] | None:
         """(row indexes, pages each) that tokens up to `ends` need beyond what is allocated; None when nothing."""
         short = ends - self.capacity[slots]
-        rows = np.flatnonzero(short > 0)
+        rows = (short > 0).nonzero()[0]
         if not len(rows):
             return None
         counts: I32 = (short[rows] + (self.page_tokens - 1)) // self.page_tokens
@@ -159,11 +159,24 @@ class PageTable:
         self.pages[slots, columns] = pages
         return slots, columns
 
+    def row_missing(self, slot: int, end: int) -> int:
+        """Pages that tokens up to `end` of one row need beyond what is allocated."""
+        return max(0, -((self.capacity.item(slot) - end) // self.page_tokens))
+
+    def append_row(self, slot: int, pages: I32) -> tuple[I32, I32, I32]:
+        """Give `pages` to one row. -> (slot, column, page) of each."""
+        count, first = len(pages), self.num_columns.item(slot)
+        end = first + count
+        self.pages[slot, first:end] = pages
+        self.num_columns[slot] = end
+        self.capacity[slot] = end * self.page_tokens
+        return np.full(count, slot, np.int32), np.arange(first, end, dtype=np.int32), pages
+
     def trim(self, slots: I64, positions: I32) -> None:
         """Release the pages that no query at or after positions[i] of slots[i] sees. WINDOW groups only."""
         if self.window is None:
             return
-        rows = np.flatnonzero(positions >= self.trim_at[slots])
+        rows = (positions >= self.trim_at[slots]).nonzero()[0]
         if not len(rows):
             return
         owners = slots[rows]
@@ -183,9 +196,10 @@ class PageTable:
 
     def clear_row(self, slot: int) -> None:
         """Release every page of a row, the deepest first, so that no child outlives its parent in the cache."""
-        first, end = int(self.first_column[slot]), int(self.num_columns[slot])
-        self.pool.release(self.pages[slot, first:end][::-1].copy(), distinct=True)
-        self.pages[slot, first:end] = NULL_PAGE
+        first, end = self.first_column.item(slot), self.num_columns.item(slot)
+        row = self.pages[slot, first:end]
+        self.pool.release(row[::-1], distinct=True)  # which copies
+        row.fill(NULL_PAGE)
         self.first_column[slot] = self.num_columns[slot] = self.capacity[slot] = 0
         self._moved(slot)
 

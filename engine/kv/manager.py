@@ -54,6 +54,10 @@ class KVManager:
         )
         # tables of each pool
         self._sharing = [[t for t in self.tables if t.pool_id == i] for i in range(len(self.pools))]
+        for pool, sharing in zip(self.pools, self._sharing, strict=True):
+            pool.owner[:] = sharing[0].group if sharing else 0  # for good, where one group alone takes pages
+        # a hit of a full group is looked for from its first page on, so that no more is hashed than is found
+        self._asked = sorted(self.tables, key=lambda table: table.window is not None)
         self.max_chunk = max_chunk
         self.epoch = 0
         self._pending = Pending([[] for _ in self.tables])
@@ -98,7 +102,8 @@ class KVManager:
         agreed = 0  # groups in a row that accept this length
         at = 0
         while length and agreed < len(self.tables):
-            shorter = self.tables[at].longest_hit(keys, length, found[at])
+            table = self._asked[at]
+            shorter = table.longest_hit(keys, length, found[table.group])
             agreed = agreed + 1 if shorter == length else 1
             length = shorter
             if not partial and self._whole_pages(length) < length:
@@ -149,15 +154,13 @@ class KVManager:
                 self._pending.deltas[table.group].append((np.full(len(pages), slot, np.int32), columns, pages))
 
     def _take(self, table: PageTable, count: int) -> I32:
-        pool = table.pool
+        pool, sharing = table.pool, self._sharing[table.pool_id]
         pages, evicted = pool.take(count)
         if len(evicted):
-            for other in self._sharing[table.pool_id]:
-                owned = (
-                    evicted if len(self._sharing[table.pool_id]) == 1 else evicted[pool.owner[evicted] == other.group]
-                )
-                other.index.drop_pages(owned)
-        pool.owner[pages] = table.group
+            for other in sharing:
+                other.index.drop_pages(evicted if len(sharing) == 1 else evicted[pool.owner[evicted] == other.group])
+        if len(sharing) > 1:
+            pool.owner[pages] = table.group
         return pages
 
     def grow(self, slots: I64, ends: I32) -> bool:
@@ -179,6 +182,30 @@ class KVManager:
             owners, columns = table.append(slots[rows], counts, pages)
             self._pending.deltas[table.group].append((owners.astype(np.int32), columns, pages))
         return True
+
+    def grow_row(self, slot: int, end: int) -> bool:
+        """`grow` of one row, over plain numbers."""
+        need = [0] * len(self.pools)
+        counts = [table.row_missing(slot, end) for table in self.tables]
+        for table, count in zip(self.tables, counts, strict=True):
+            need[table.pool_id] += count
+        if any(count > pool.num_free for count, pool in zip(need, self.pools, strict=True)):
+            return False
+        for table, count in zip(self.tables, counts, strict=True):
+            if count:
+                self._pending.deltas[table.group].append(table.append_row(slot, self._take(table, count)))
+        return True
+
+    def has_spare(self, num_rows: int) -> bool:
+        """Whether pages are so plenty that rows may take them some turns before they need them."""
+        return all(
+            pool.num_free >= 2 * num_rows * len(sharing)  # two pages a row and group
+            for pool, sharing in zip(self.pools, self._sharing, strict=True)
+        )
+
+    def holds(self, slot: int, end: int) -> bool:
+        """Whether a row has the pages of its tokens up to `end` in every group."""
+        return all(table.capacity.item(slot) >= end for table in self.tables)
 
     def reserved(self, slots: I64, ends: I32) -> list[int]:
         """Pages a pool that the rows in `slots` will still ask for on their way to ends[i] tokens."""

@@ -16,13 +16,19 @@ from engine.step import I32, I64
 
 @dataclass(slots=True)
 class ChosenRows:
-    """Rows of one step. The first `num_single` have one new token each."""
+    """Rows of one step, those with one new token first.
+
+    [0, num_steady)            go on from the last step (steady.py)
+    [num_steady, num_single)   others with one new token
+    [num_single, S)            prompts
+    """
 
     slots: I64  # [S]
     computed: I32  # [S] before this step
     new: I32  # [S]
     num_single: int
     ends: I32  # [S] computed + new
+    num_steady: int = 0
 
 
 def tokens_to_compute(length: I32, computed: I32, max_total: I32) -> I32:
@@ -53,15 +59,18 @@ def share_budget(want: I32, chunk: I32, budget: int, score_budget: int, scores: 
     return np.asarray(given, np.int32)
 
 
-def choose_running(table: RowTable, slots: I64) -> tuple[ChosenRows, int]:
-    """Turns for the running rows `slots`, in order. -> (rows with a token or more, prompt positions left to score)."""
+def choose_running(table: RowTable, slots: I64, budget: int) -> tuple[ChosenRows, int]:
+    """Turns for the running rows `slots`, in order. -> (rows with a token or more, prompt positions left to score).
+
+    budget: tokens, at least one a row.
+    """
     config = table.config
     computed = table.num_computed[slots]
     want = tokens_to_compute(table.length[slots], computed, table.max_total[slots])
     score_budget = config.max_prompt_logprob_tokens
     if len(slots) and int(np.maximum.reduce(want)) > 1:
         scores = table.scores_prompt[slots] if table.num_prompt_scorers else None
-        want = share_budget(want, table.chunk[slots], config.max_num_batched_tokens, score_budget, scores)
+        want = share_budget(want, table.chunk[slots], budget, score_budget, scores)
         if scores is not None:
             score_budget -= int(want[scores].sum())
     some = want > 0
@@ -70,26 +79,50 @@ def choose_running(table: RowTable, slots: I64) -> tuple[ChosenRows, int]:
     return singles_first(slots, computed, want), score_budget
 
 
-def singles_first(slots: I64, computed: I32, new: I32) -> ChosenRows:
-    """Rows with one new token first, both parts in order."""
+def singles_first(slots: I64, computed: I32, new: I32, num_steady: int = 0) -> ChosenRows:
+    """Rows with one new token first, both parts in order. The first `num_steady` have one."""
     single = new == 1
     count = int(np.count_nonzero(single))
     if count == len(new):
-        return ChosenRows(slots, computed, new, count, computed + new)
-    index = np.concatenate((np.flatnonzero(single), np.flatnonzero(~single)))
+        return ChosenRows(slots, computed, new, count, computed + new, num_steady)
+    index = np.concatenate((single.nonzero()[0], (~single).nonzero()[0]))
     slots, computed, new = slots[index], computed[index], new[index]
-    return ChosenRows(slots, computed, new, count, computed + new)
+    return ChosenRows(slots, computed, new, count, computed + new, num_steady)
 
 
-def join_rows(rows: ChosenRows, added: list[tuple[int, int, int]]) -> ChosenRows:
+def join_rows(steady: ChosenRows, others: ChosenRows) -> ChosenRows:
+    """`others` behind the steady rows."""
+    if not len(others.slots):
+        return steady
+    if not len(steady.slots):
+        return others
+    return ChosenRows(
+        np.concatenate((steady.slots, others.slots)),
+        np.concatenate((steady.computed, others.computed)),
+        np.concatenate((steady.new, others.new)),
+        steady.num_single + others.num_single,
+        np.concatenate((steady.ends, others.ends)),
+        steady.num_steady,
+    )
+
+
+def add_rows(rows: ChosenRows, added: list[tuple[int, int, int]]) -> ChosenRows:
     """`added`: (slot, computed, new) of rows that begin in this step."""
-    columns = np.array(added, np.int32).T
-    slots = np.concatenate((rows.slots, columns[0]))
-    computed = np.concatenate((rows.computed, columns[1]))
-    new = np.concatenate((rows.new, columns[2]))
-    if all(count > 1 for _, _, count in added):
-        return ChosenRows(slots, computed, new, rows.num_single, computed + new)
-    return singles_first(slots, computed, new)
+    before = len(rows.slots)
+    count = before + len(added)
+    slots, computed, new = np.empty(count, np.int64), np.empty(count, np.int32), np.empty(count, np.int32)
+    slots[:before], computed[:before], new[:before] = rows.slots, rows.computed, rows.new
+    for at, row in enumerate(added, before):
+        slots[at], computed[at], new[at] = row
+    if all(tokens > 1 for _, _, tokens in added):
+        return ChosenRows(slots, computed, new, rows.num_single, computed + new, rows.num_steady)
+    return singles_first(slots, computed, new, rows.num_steady)
+
+
+def other_rows(rows: ChosenRows) -> ChosenRows:
+    """Without the steady ones."""
+    at = rows.num_steady
+    return ChosenRows(rows.slots[at:], rows.computed[at:], rows.new[at:], rows.num_single - at, rows.ends[at:])
 
 
 def no_rows() -> ChosenRows:
@@ -98,4 +131,5 @@ def no_rows() -> ChosenRows:
 
 
 def drop_rows(rows: ChosenRows, gone: np.ndarray) -> ChosenRows:
+    """The others; none of them is known as steady any more."""
     return singles_first(rows.slots[~gone], rows.computed[~gone], rows.new[~gone])

@@ -1,6 +1,7 @@
-"""PlanBuilder: from chosen rows to the StepPlan; it knows which slots the device has open.
+"""PlanBuilder: from chosen rows to the StepPlan; it knows which slots the device has open, and which rows only go on.
 
-While nobody comes or goes the rows of one step are those of the next (steady.py), which makes a decode step cheap.
+Running rows are steady (steady.py), full (all their tokens are planned), or others: those still have known tokens to
+compute. So a step looks one by one at the few others alone, and a decode step beside a prompt is a decode step.
 """
 
 from __future__ import annotations
@@ -12,54 +13,58 @@ from engine.scheduler.config import choose_bucket
 from engine.scheduler.opened import opened_rows
 from engine.scheduler.plan import InFlight, PlanRing, choose_sampler, fill_rows, score_prompts
 from engine.scheduler.state import State
-from engine.scheduler.steady import SteadyRows, fill_steady, find_steady
-from engine.step import I32, StepPlan
+from engine.scheduler.steady import SteadyRows, no_rows_steady
+from engine.step import I32, I64, Bucket, StepPlan
 
 
 class PlanBuilder:
     def __init__(self, state: State) -> None:
         self._state = state
         self._ring = PlanRing(state.config)
-        self._steady: SteadyRows | None = None
-        self._begun = -1  # state.begun for which `_steady` holds
+        self.steady: SteadyRows = no_rows_steady()
+        self._others: list[int] | None = []  # slots in order; None = look at every running row
+        self._bucket = (-1, -1, Bucket(tokens=0, rows=0))  # tokens, rows, their bucket: that of the last plan
         self._on_device: set[int] = set()  # slots that a plan has opened and none has closed
 
-    def steady_rows(self) -> ChosenRows | None:
-        """The rows of the last step that have not ended, one token on; None if a tenancy has begun since."""
-        state, steady = self._state, self._steady
-        if steady is not None and self._begun != state.begun:
-            steady = None
-        if steady is not None and (state.left or steady.turns_left <= 0):
-            steady = steady.without(state.left, state.table)
-        self._steady = steady
-        return None if steady is None else steady.next(self._ring.ones)
+    def steady_rows(self) -> ChosenRows:
+        """The rows that go on from the last step, one token on."""
+        state = self._state
+        if self._others is not None and state.left:
+            entries = state.table.entries
+            self._others = [slot for slot in self._others if entries[slot] is not None]
+        if state.left or self.steady.turns_left <= 0:
+            self.steady = self.steady.kept(state.table)
+        return self.steady.next(self._ring.ones)
+
+    def other_slots(self) -> I64:
+        """Running rows that `steady_rows` did not give and that may have tokens to compute, in order."""
+        if self._others is None:
+            return self._state.running.slots.copy()
+        return np.array(self._others, np.int64)
 
     def forget_steady(self) -> None:
         """The rows that `steady_rows` gave are not used as they are."""
-        self._steady = None
+        self.steady, self._others = no_rows_steady(), None
 
     def build(self, rows: ChosenRows, opened: list[tuple[int, int]]) -> InFlight:
         """opened: (slot, tokens computed before) of rows that begin in this step."""
         state, table = self._state, self._state.table
-        count = len(rows.slots)
-        if self._steady is not None and self._begun == state.begun:
-            buffers, logit_rows = fill_steady(self._ring, table, rows, self._steady)
-            sampler, num_logprobs, bucket = self._steady.sampler, self._steady.num_logprobs, self._steady.bucket
-            num_tokens = count
-        else:
-            num_tokens = int(np.add.reduce(rows.new))
-            buffers, logit_rows, sampling = fill_rows(self._ring, table, rows)
-            sampler, num_logprobs = choose_sampler(table, sampling)
-            bucket = choose_bucket(state.config, num_tokens, count)
-            self._steady, self._begun = None, state.begun
-            if count == len(state.running):
-                self._steady = find_steady(table, rows, sampling, (sampler, num_logprobs, bucket))
+        count, num_steady = len(rows.slots), rows.num_steady
+        buffers, logit_rows, sampling = fill_rows(self._ring, table, rows)
+        num_tokens = num_steady
+        sampler, num_logprobs = self.steady.sampler, self.steady.num_logprobs
+        if count > num_steady:
+            num_tokens += int(np.add.reduce(rows.new[num_steady:]))
+            sampled = rows.slots[sampling]
+            others = choose_sampler(table, sampled)
+            sampler, num_logprobs = max(sampler, others[0]), max(num_logprobs, others[1])
+            self._sort_out(rows, sampling, opened)
         copies, held = state.kv.take_copies()
         scores, scored = score_prompts(table, rows)
         state.counters.steps += 1
         plan = StepPlan(
             step_id=state.counters.steps,
-            bucket=bucket,
+            bucket=self._choose_bucket(num_tokens, count),
             slots=buffers.slots[:count],
             generation=buffers.generation[:count],
             num_computed=buffers.num_computed[:count],
@@ -76,7 +81,28 @@ class PlanBuilder:
             copies=copies,
             prompt_logprobs=scores,
         )
-        return InFlight(plan, rows.slots, held, state.prefix.submitted(), scored)
+        return InFlight(plan, rows.slots, held, [], scored)
+
+    def _sort_out(self, rows: ChosenRows, sampling: I64, opened: list[tuple[int, int]]) -> None:
+        """Rows that sample go on by themselves from now on; the others are looked at again."""
+        sampled = rows.slots[sampling]
+        if self._others is None:
+            before: list[int] = self._state.running.slots.tolist()
+        else:
+            before = self._others + [slot for slot, _ in opened]
+        gone = set(sampled.tolist())
+        others = [slot for slot in before if slot not in gone]
+        if opened and len(others) > 1:
+            others.sort(key=lambda slot: self._state.table.entry(slot).order)
+        self._others = others
+        self.steady = self.steady.joined(self._state.table, sampled, rows.ends[sampling])
+
+    def _choose_bucket(self, num_tokens: int, num_rows: int) -> Bucket:
+        tokens, rows, bucket = self._bucket
+        if tokens != num_tokens or rows != num_rows:
+            bucket = choose_bucket(self._state.config, num_tokens, num_rows)
+            self._bucket = (num_tokens, num_rows, bucket)
+        return bucket
 
     def _take_closed(self, opened: list[tuple[int, int]]) -> I32 | None:
         """Slots whose tenancy ended; opening a slot again says so by itself."""
@@ -89,3 +115,10 @@ class PlanBuilder:
         closed = [slot for slot in dict.fromkeys(left) if slot in self._on_device and slot not in begun]
         self._on_device.difference_update(closed)
         return np.array(closed, np.int32) if closed else None
+
+    def check_integrity(self) -> None:
+        """The kept rows equal those that the tables name. Raises InternalError."""
+        state = self._state
+        if self._others is None:
+            return
+        self.steady.check_integrity(state.table, state.kv, state.running.slots)

@@ -22,6 +22,8 @@ from engine.step import (
     StepPlan,
 )
 
+NO_ROWS: I64 = np.zeros(0, np.int64)
+
 
 @dataclass(slots=True)
 class ScoredPrompt:
@@ -40,7 +42,7 @@ class InFlight:
     plan: StepPlan
     slots: I64  # [S] plan.slots, for indexing
     held: list[tuple[int, int]]  # (pool, page) sources of copies
-    keyed: list[KeyedUnits]  # known units keyed at its submission
+    keyed: list[KeyedUnits]  # known units keyed since its submission
     scored: list[ScoredPrompt] = field(default_factory=list)
 
 
@@ -74,44 +76,57 @@ class PlanRing:
 
 
 def fill_rows(ring: PlanRing, table: RowTable, rows: ChosenRows) -> tuple[PlanBuffers, I32, I64]:
-    """Write the row and token arrays. -> (buffers, logit_rows [L], sampling slots [L])."""
+    """Write the row and token arrays. -> (buffers, logit_rows [L], rows of the plan that sample and are not steady)."""
     buffers = ring.next()
-    slots, computed, new, num_single = rows.slots, rows.computed, rows.new, rows.num_single
-    count = len(slots)
+    slots, count, num_steady = rows.slots, len(rows.slots), rows.num_steady
     buffers.slots[:count] = slots
     buffers.generation[:count] = table.generation[slots]
-    buffers.num_computed[:count] = computed
-    buffers.num_new[:count] = new
-    ends = rows.ends
-    samples = ends == table.length[slots]
-    buffers.num_logits[:count] = samples
-    fill_single(buffers, table, slots[:num_single], computed[:num_single])
-    if count > num_single:
-        fill_chunks(buffers, table, rows, ring.arange)
-    if np.count_nonzero(samples) == count:
-        sampling, logit_rows = slots, buffers.logit_rows[:count]
-        if count == num_single:
-            logit_rows[:] = ring.arange[:count]
-        else:
-            np.cumsum(new, out=logit_rows)
-            logit_rows -= 1  # a row's last token is the one before the next row's first
-    else:
-        sampling = slots[samples]
-        logit_rows = buffers.logit_rows[: len(sampling)]
-        logit_rows[:] = (np.cumsum(new) - 1)[samples]
-    table.num_computed[slots] = ends
-    table.length[sampling] += 1
+    buffers.num_computed[:count] = rows.computed
+    buffers.num_new[:count] = rows.new
+    buffers.num_logits[:num_steady] = 1
+    buffers.token_ids[:num_steady] = LAST_TOKEN
+    buffers.positions[0, : rows.num_single] = rows.computed[: rows.num_single]
+    table.num_computed[slots] = rows.ends
+    sampling, num_logits = NO_ROWS, num_steady
+    if count > num_steady:
+        sampling = fill_others(buffers, table, rows, ring.arange)
+        num_logits += len(sampling)
+        slots = slots[:num_steady]
+    table.length[slots] = rows.ends[:num_steady] + 1
+    logit_rows = buffers.logit_rows[:num_logits]
+    logit_rows[:num_steady] = ring.arange[:num_steady]
+    if len(sampling):
+        # a row's last token is the one before the next row's first; steady rows have one each
+        ends = np.cumsum(rows.new[num_steady:], dtype=np.int32)
+        logit_rows[num_steady:] = ends[sampling - num_steady] + (num_steady - 1)
     return buffers, logit_rows, sampling
 
 
-def fill_single(buffers: PlanBuffers, table: RowTable, slots: I64, computed: I32) -> None:
+def fill_others(buffers: PlanBuffers, table: RowTable, rows: ChosenRows, arange: I32) -> I64:
+    """The part of fill_rows that looks at rows which are not steady. -> those of them that sample."""
+    begin, count, num_single = rows.num_steady, len(rows.slots), rows.num_single
+    slots, ends = rows.slots[begin:], rows.ends[begin:]
+    samples = ends == table.length[slots]
+    buffers.num_logits[begin:count] = samples
+    if num_single > begin:
+        fill_single(buffers, table, rows)
+    if count > num_single:
+        fill_chunks(buffers, table, rows, arange)
+    sampling: I64 = samples.nonzero()[0]
+    table.length[slots[sampling]] += 1
+    sampling += begin
+    return sampling
+
+
+def fill_single(buffers: PlanBuffers, table: RowTable, rows: ChosenRows) -> None:
     """Rows with one token: the one they sampled last, which the device has, or the last known one."""
-    count = len(slots)
-    buffers.token_ids[:count] = LAST_TOKEN
-    buffers.positions[0, :count] = computed
-    known = np.flatnonzero(computed < table.num_known[slots])
+    span = slice(rows.num_steady, rows.num_single)
+    slots, computed = rows.slots[span], rows.computed[span]
+    ids = buffers.token_ids[span]
+    ids.fill(LAST_TOKEN)
+    known = (computed < table.num_known[slots]).nonzero()[0]
     if len(known):
-        buffers.token_ids[known] = table.tokens[slots[known], computed[known]]
+        ids[known] = table.tokens[slots[known], computed[known]]
 
 
 def fill_chunks(buffers: PlanBuffers, table: RowTable, rows: ChosenRows, arange: I32) -> None:
@@ -128,8 +143,8 @@ def choose_sampler(table: RowTable, sampling: I64) -> tuple[Sampler, int]:
     """(the weakest program that serves these slots, most top logprobs any of them wants)."""
     if not len(sampling):
         return Sampler.NONE, -1
-    sampler = Sampler.FULL if table.needs_full[sampling].any() else Sampler.GREEDY
-    return sampler, int(table.sampling.num_logprobs[sampling].max())
+    sampler = Sampler.FULL if np.count_nonzero(table.needs_full[sampling]) else Sampler.GREEDY
+    return sampler, int(np.maximum.reduce(table.sampling.num_logprobs[sampling]))
 
 
 def score_prompts(table: RowTable, rows: ChosenRows) -> tuple[PromptLogprobs | None, list[ScoredPrompt]]:

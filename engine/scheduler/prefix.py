@@ -1,8 +1,10 @@
 """PrefixKeys: which unit keys a request has, who is computing which unit, and when units enter the prefix index.
 
-Known units (prompt, or outputs of a preempted request) are keyed when the step that computes them is submitted, so that
-the next step may hit them; generated ones once collected. Those wait for `commit`, which the core loop calls while the
-device works, and which keys at most a few units a call: rows that fill a page together make no spike.
+Everything is keyed while the device works (the core loop calls in once a step is submitted). Known units (prompt, or
+outputs of a preempted request) enter right after the step that computes them was submitted, so that the next step may
+hit them: no more in a call than that step computes. Generated ones enter once collected, at most a few a call: rows
+that fill a page together make no spike. A prompt is hashed as far as a lookup needs (to its first unknown page), the
+rest when it is keyed.
 """
 
 from __future__ import annotations
@@ -11,12 +13,12 @@ import numpy as np
 
 from engine.errors import check
 from engine.kv.manager import KeyedUnits, KVManager
-from engine.kv.prefix_cache import TOKEN_BYTES, chain_keys, extend_chain
+from engine.kv.prefix_cache import TOKEN_BYTES, UnitChain, chain_keys, extend_chain
 from engine.scheduler.queues import Entry
 from engine.scheduler.table import NEVER_KEYED, RowTable
 
 BATCH = 4  # generated units of a row that are keyed together
-BATCH_RANGE = np.arange(BATCH, dtype=np.int32)
+BATCH_RANGE = np.arange(BATCH, dtype=np.int64)
 MIN_ROWS = 4  # rows a call, when there are few
 
 
@@ -26,53 +28,59 @@ class PrefixKeys:
         self._kv = kv
         self._enabled = enabled
         self._unit = kv.unit_tokens
-        self.computing: dict[bytes, int] = {}  # key of a known unit that is not keyed yet -> slot of the first to do it
-        self._prefilling: dict[int, list[bytes]] = {}  # slot -> keys of its known units, until all are keyed
+        # key of a known unit that is hashed and not keyed yet -> slot of the first to compute it
+        self.computing: dict[bytes, int] = {}
+        self._prefilling: dict[int, UnitChain] = {}  # slot -> its known units, until all are keyed
 
     def caches(self, entry: Entry) -> bool:
         """Sequences of one n > 1 request share their prompt even where the prefix cache is off."""
         return self._enabled or entry.request.parent is not None
 
-    def keys(self, entry: Entry) -> list[bytes]:
+    def keys(self, entry: Entry) -> UnitChain:
         """Keys of the entry's whole known units."""
-        if entry.unit_keys is None or entry.epoch != self._kv.epoch:
+        chain = entry.unit_keys
+        if chain is None or entry.epoch != self._kv.epoch:
             request = entry.request
             domain = request.domain if self._enabled else request.domain + b"/n>1/%d" % (request.parent or 0)
-            entry.unit_keys = chain_keys(self._kv.root(domain), request.all_tokens(), self._unit)
+            chain = entry.unit_keys = UnitChain(self._kv.root(domain), request.all_tokens(), self._unit)
             entry.epoch = self._kv.epoch
-            entry.root = self._kv.root(domain)
-        return entry.unit_keys
+        return chain
 
     def opened(self, slot: int, entry: Entry, num_hit_units: int) -> None:
         """A row begins with `num_hit_units` units in its pages."""
         if not self.caches(entry):
             return
-        keys = self.keys(entry)
-        table = self._table
-        table.num_keyed[slot] = num_hit_units
-        table.tails[slot] = keys[num_hit_units - 1] if num_hit_units else entry.root
+        chain = self.keys(entry)
         entry.unit_keys = None
-        if num_hit_units < len(keys):
-            self._prefilling[slot] = keys
-            for key in keys[num_hit_units:]:
-                self.computing.setdefault(key, slot)
+        self._table.num_keyed[slot] = num_hit_units
+        self._table.tails[slot] = chain[num_hit_units - 1] if num_hit_units else chain.root
+        if num_hit_units < len(chain):
+            self._prefilling[slot] = chain
+            self._announce(slot, chain, num_hit_units)
 
-    def submitted(self) -> list[KeyedUnits]:
-        """Key what the rows in prefill compute in the step just planned. -> what its failure would withdraw."""
+    def _announce(self, slot: int, chain: UnitChain, first: int) -> None:
+        """The row computes unit `first` next: whoever needs it waits. Those behind it are told as they come near."""
+        for key in chain.upto(first + 1)[first:]:
+            self.computing.setdefault(key, slot)
+
+    def commit_known(self) -> list[KeyedUnits]:
+        """Key what the rows in prefill compute in submitted steps. -> what a failure of the last would withdraw."""
         keyed: list[KeyedUnits] = []
         table = self._table
-        for slot, keys in list(self._prefilling.items()):
-            first = int(table.num_keyed[slot])
-            end = min(int(table.num_computed[slot]) // self._unit, len(keys))
+        for slot, chain in list(self._prefilling.items()):
+            first = table.num_keyed.item(slot)
+            end = min(table.num_computed.item(slot) // self._unit, len(chain))
             if end == first:
                 continue
-            done = keys[first:end]
+            self._computed(slot, chain.keys[first:end])
+            done = chain[first:end]
             keyed += self._kv.key_units(slot, done, first)
-            self._computed(slot, done)
             table.num_keyed[slot] = end
-            table.tails[slot] = keys[end - 1]
-            if end == len(keys):
+            table.tails[slot] = done[-1]
+            if end == len(chain):
                 del self._prefilling[slot]
+            else:
+                self._announce(slot, chain, end)
         return keyed
 
     def _computed(self, slot: int, keys: list[bytes]) -> None:
@@ -87,7 +95,7 @@ class PrefixKeys:
         A row fills BATCH units in BATCH x unit_tokens steps, so this keeps up. -> units keyed.
         """
         table, unit = self._table, self._unit
-        due = np.flatnonzero(table.collected // unit - table.num_keyed >= BATCH)
+        due = (table.collected // unit - table.num_keyed >= BATCH).nonzero()[0]
         if not len(due):
             return 0
         due = due[: max(MIN_ROWS, num_rows // (BATCH * unit) + 1)]
@@ -113,13 +121,13 @@ class PrefixKeys:
     def closing(self, slot: int, *, keep: bool) -> None:
         """A row ends: key its collected units (`keep`), and let others compute what it will not."""
         table, unit = self._table, self._unit
-        first = int(table.num_keyed[slot])
+        first = table.num_keyed.item(slot)
         if first == NEVER_KEYED:
             return
-        known = self._prefilling.pop(slot, None)
-        if known is not None:
-            self._computed(slot, known[first:])
-        end = int(table.collected[slot]) // unit
+        chain = self._prefilling.pop(slot, None)
+        if chain is not None:
+            self._computed(slot, chain.keys[first:])
+        end = table.collected.item(slot) // unit
         if keep and end > first:
             keys = chain_keys(table.tails[slot], table.tokens[slot, first * unit : end * unit], unit)
             self._kv.key_units(slot, keys, first)
@@ -127,7 +135,8 @@ class PrefixKeys:
     def check_integrity(self) -> None:
         """Every key that is being computed belongs to a running row that has it before it. Raises InternalError."""
         for key, slot in self.computing.items():
-            known = self._prefilling.get(slot)
-            check(known is not None and key in known, f"a key is computed by slot {slot}, which does not")
-        for slot in self._prefilling:
+            chain = self._prefilling.get(slot)
+            check(chain is not None and key in chain.keys, f"a key is computed by slot {slot}, which does not")
+        for slot, chain in self._prefilling.items():
             check(self._table.entries[slot] is not None, f"slot {slot} prefills and is not open")
+            check(len(chain.keys) > self._table.num_keyed[slot], f"slot {slot}: what it computes next is not hashed")

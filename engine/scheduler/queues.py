@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from engine.kv.prefix_cache import UnitChain
 from engine.request import Request
 from engine.step import I64, Logprobs
 
@@ -27,9 +28,8 @@ class Entry:
     request: Request
     order: OrderKey
     max_total: int  # prompt and output tokens at which it ends by length
-    unit_keys: list[bytes] | None = None  # keys of its whole known units, made at the first try
+    unit_keys: UnitChain | None = None  # keys of its whole known units, made at the first try
     epoch: int = -1  # of unit_keys
-    root: bytes = b""  # the parent of its first unit
     waits_for: bytes | None = None  # a key that a running request is computing
     slot: int = -1  # >= 0 while running
     prompt_logprobs_sent: bool = False

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from engine.kv.manager import Hit
 from engine.scheduler.queues import Entry
 from engine.scheduler.state import State
@@ -85,12 +87,22 @@ class Room:
             return None
         return Opening(entry, hit)
 
+    def _reserved(self) -> list[int]:
+        """Pages a pool that running rows will still ask for; only those in `reserving` can."""
+        state = self._state
+        state.reserving = [
+            slot for slot in state.reserving if not state.kv.holds(slot, state.table.reserve_to.item(slot))
+        ]
+        if not state.reserving:
+            return [0] * len(state.kv.pools)
+        slots = np.array(state.reserving, np.int64)
+        return state.kv.reserved(slots, state.table.reserve_to[slots])
+
     def _fits(self, hit: Hit | None, num_tokens: int, free: list[int]) -> bool:
         state = self._state
         need = state.kv.admission_need(hit, num_tokens)
         if len(state.running):
-            slots = state.running.slots
-            reserved = state.kv.reserved(slots, state.table.reserve_to[slots])
+            reserved = self._reserved()
             for i, pool in enumerate(state.kv.pools):
                 # running rows are about to grow: leave some room, or what begins now is preempted at once
                 need[i] += reserved[i] + min(len(state.running), pool.num_pages // 64)

@@ -16,7 +16,7 @@ import numpy as np
 
 from engine.errors import StepFailed, check
 from engine.request import Request
-from engine.scheduler.budget import ChosenRows, choose_running, drop_rows, join_rows, no_rows
+from engine.scheduler.budget import ChosenRows, add_rows, choose_running, drop_rows, join_rows, no_rows, other_rows
 from engine.scheduler.builder import PlanBuilder
 from engine.scheduler.config import SchedulerConfig
 from engine.scheduler.plan import InFlight
@@ -29,6 +29,8 @@ from engine.specs.cache import CacheLayout
 from engine.step import I32, I64, StepPlan, StepResult
 
 MAX_UNEXPLAINED_FAILURES = 1  # failed steps without a named culprit that a request survives
+
+PAGE_TURNS = 4  # turns whose pages decode rows take at once while pages are plenty
 
 
 class Scheduler:
@@ -74,6 +76,7 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Every invariant that can be told from the state. Raises InternalError."""
         self.state.check_integrity()
+        self._builder.check_integrity()
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -84,8 +87,11 @@ class Scheduler:
         preempted = state.counters.preemptions
         score_budget = self.config.max_prompt_logprob_tokens
         rows = self._builder.steady_rows()
-        if rows is None:
-            rows, score_budget = choose_running(state.table, state.running.slots.copy())
+        slots = self._builder.other_slots()
+        if len(slots):
+            budget = self.config.max_num_batched_tokens - len(rows.slots)
+            others, score_budget = choose_running(state.table, slots, budget)
+            rows = join_rows(rows, others)
         rows = self._with_pages(rows)
         opened: list[tuple[int, int]] = []
         # a step that had to preempt begins nobody: what it freed belongs to the rows that lacked it
@@ -99,9 +105,28 @@ class Scheduler:
 
     def _with_pages(self, rows: ChosenRows) -> ChosenRows:
         """Allocate what the rows will write; the last in order give way while pages are short."""
-        kv = self.state.kv
         if not len(rows.slots):
             return rows
+        kv, steady = self.state.kv, self._builder.steady
+        if rows.num_steady and not steady.page_turns and kv.has_spare(len(rows.slots)):
+            # pages are plenty: those of some turns at once cost little more than those of one
+            turns = min(PAGE_TURNS, steady.turns_left + 1)
+            ends = rows.ends.copy()
+            ends[: rows.num_steady] += turns - 1  # the last of `turns` ends so much later
+            kv.trim(rows.slots, rows.computed)
+            if kv.grow(rows.slots, ends):
+                steady.page_turns = turns - 1
+                return rows
+        lacking = rows
+        if steady.page_turns:
+            steady.page_turns -= 1
+            lacking = other_rows(rows)
+        kv.trim(lacking.slots, lacking.computed)
+        return rows if kv.grow(lacking.slots, lacking.ends) else self._preempt_for(rows)
+
+    def _preempt_for(self, rows: ChosenRows) -> ChosenRows:
+        """The rows that get their pages when the last in order have given way."""
+        kv = self.state.kv
         kv.trim(rows.slots, rows.computed)
         while len(rows.slots) and not kv.grow(rows.slots, rows.ends):
             victim = self._victim()
@@ -148,20 +173,23 @@ class Scheduler:
                 new = min(new, score_budget)
                 score_budget -= new
             budget -= new
-            one = np.array([slot], np.int64)
-            state.kv.trim(one, np.array([computed], np.int32))
-            check(state.kv.grow(one, np.array([computed + new], np.int32)), "pages that were counted are not there")
+            # nothing to trim: a row begins with no column that its first token does not see
+            check(state.kv.grow_row(slot, computed + new), "pages that were counted are not there")
             added.append((slot, computed, new))
         for entry in passed:
             state.waiting.push(entry)
         if not added:
             return rows, []
-        return join_rows(rows, added), [(slot, computed) for slot, computed, _ in added]
+        return add_rows(rows, added), [(slot, computed) for slot, computed, _ in added]
 
     # -- results -------------------------------------------------------------------------------------------------------
 
     def commit_keys(self) -> None:
-        """Key some of the generated units that are collected. Called while the device works."""
+        """Key what submitted steps compute of prompts, and some of what is generated. Called while the device works."""
+        known = self.state.prefix.commit_known()
+        if known and self.in_flight:
+            # whichever of them computes it: a step that fails takes those behind it along
+            self.in_flight[-1].keyed += known
         self.state.prefix.commit(len(self.state.running))
 
     def update(self, plan: StepPlan, result: StepResult) -> StepColumns | None:

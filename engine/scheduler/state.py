@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from engine.errors import InvalidValue, Overloaded
+from engine.errors import InvalidValue, Overloaded, check
 from engine.kv.manager import Hit, KVManager
 from engine.request import Request, RequestStatus
 from engine.scheduler.admission import admit_check
@@ -32,7 +32,7 @@ class State:
         self.running = RunningOrder(config.max_num_seqs)
         self.slot_of: dict[int, int] = {}  # request key -> slot, of running requests
         self.left: list[int] = []  # slots whose tenancy ended since the last plan; the plan builder empties it
-        self.begun = 0  # tenancies begun so far: whoever keeps something about the running rows compares this
+        self.reserving: list[int] = []  # slots that may lack pages which others must leave to them (table.reserve_to)
         self.counters = Counters()
         self.capacity = self.kv.capacity_tokens(config.max_model_len)  # tokens of one request alone
 
@@ -90,7 +90,8 @@ class State:
             self.table.reserve_to[slot] = entry.max_total
         self.running.add(entry.order, slot)
         self.slot_of[request.key] = slot
-        self.begun += 1
+        if slot not in self.reserving:
+            self.reserving.append(slot)
         request.status = RequestStatus.RUNNING
         return slot
 
@@ -142,4 +143,7 @@ class State:
         check_state(self.table, self.running, self.waiting, self.slot_of)
         check_writers(self.kv, self.table, self.running)
         self.prefix.check_integrity()
+        for slot in self.running.slots.tolist():
+            held = self.kv.holds(slot, self.table.reserve_to.item(slot))
+            check(held or slot in self.reserving, f"slot {slot}: nobody knows that pages are reserved for it")
         self.kv.check_integrity()

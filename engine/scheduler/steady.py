@@ -1,32 +1,34 @@
-"""SteadyRows: the decode rows of the last step, kept while nobody comes or goes, so that the next step is the same.
+"""SteadyRows: the decode rows of the last step, kept from step to step, so that the next one is the same, one token on.
 
-Valid as long as no tenancy begins: then every row has one token to compute, which the device sampled in the step
-before, and every row samples. Rows that end, or reach their length, are taken out. A plan builder owns it.
+A row is steady from the step in which it samples until it ends, is taken out, or has all the tokens it may have: its
+next token is the one that the device sampled last. Rows that begin join behind the others, rows that leave are cut out;
+the arrays are never written, because steps in flight look at them. A plan builder owns one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from engine.errors import check
+from engine.kv.manager import KVManager
 from engine.scheduler.budget import ChosenRows
-from engine.scheduler.config import choose_bucket
-from engine.scheduler.plan import PlanBuffers, PlanRing, choose_sampler
+from engine.scheduler.plan import choose_sampler
 from engine.scheduler.table import RowTable
-from engine.step import I32, I64, LAST_TOKEN, Bucket, Sampler
+from engine.step import I32, I64, Sampler
+
+NEVER = 1 << 30
 
 
 @dataclass(slots=True)
 class SteadyRows:
-    slots: I64  # [S]
-    generation: I32  # [S]
+    slots: I64  # [S] in the order in which they joined
     ends: I32  # [S] tokens computed with the last step
-    turns_left: int  # steps until a row has all the tokens it may have
-    sampler: Sampler
-    num_logprobs: int
-    bucket: Bucket
+    turns_left: int  # steps until a row has all the tokens it may have; never too many
+    sampler: Sampler  # the weakest that serves them, NONE = no rows
+    num_logprobs: int  # most that one of them wants
+    page_turns: int = 0  # further steps for which their pages are there
 
     def next(self, ones: I32) -> ChosenRows:
         """The same rows, one token on. ones: i32 [>= S]."""
@@ -34,51 +36,58 @@ class SteadyRows:
         self.ends = computed + 1
         self.turns_left -= 1
         count = len(self.slots)
-        return ChosenRows(self.slots, computed, ones[:count], count, self.ends)
+        return ChosenRows(self.slots, computed, ones[:count], count, self.ends, count)
 
-    def without(self, left: Sequence[int], table: RowTable) -> SteadyRows | None:
-        """These rows but for the slots in `left` and those that have all their tokens; None when none is left."""
-        stays = table.length[self.slots] < table.max_total[self.slots]
-        for slot in left:
-            stays &= self.slots != slot
-        slots = self.slots[stays]
+    def kept(self, table: RowTable) -> SteadyRows:
+        """These rows but for those whose tenancy ended (their max_total is 0) or that have all their tokens."""
+        left = table.max_total[self.slots] - table.length[self.slots]
+        stays = (left > 0).nonzero()[0]
+        if not len(stays):
+            return no_rows_steady()
+        if len(stays) < len(left):
+            left, slots = left[stays], self.slots[stays]
+            sampler, num_logprobs = choose_sampler(table, slots)
+            return SteadyRows(slots, self.ends[stays], least(left), sampler, num_logprobs, self.page_turns)
+        self.turns_left = least(left)
+        return self
+
+    def joined(self, table: RowTable, slots: I64, ends: I32) -> SteadyRows:
+        """With `slots`, which have sampled in the step just planned, behind these; but for those that then are full."""
+        left = table.max_total[slots] - table.length[slots]
+        if np.count_nonzero(left > 0) < len(left):
+            stays = (left > 0).nonzero()[0]
+            left, slots, ends = left[stays], slots[stays], ends[stays]
         if not len(slots):
-            return None
+            return self
         sampler, num_logprobs = choose_sampler(table, slots)
-        bucket = choose_bucket(table.config, len(slots), len(slots))
-        return SteadyRows(
-            slots, self.generation[stays], self.ends[stays], turns_left(table, slots), sampler, num_logprobs, bucket
-        )
+        turns = least(left)
+        if len(self.slots):
+            slots, ends = np.concatenate((self.slots, slots)), np.concatenate((self.ends, ends))
+            sampler, num_logprobs = max(sampler, self.sampler), max(num_logprobs, self.num_logprobs)
+            turns = min(turns, self.turns_left)
+        return SteadyRows(slots, ends, turns, sampler, num_logprobs)
+
+    def check_integrity(self, table: RowTable, kv: KVManager, running: I64) -> None:
+        """What is kept in place equals what the tables say. Raises InternalError."""
+        now = table.length[running]
+        computed = table.num_computed[running]
+        # its last token is on the device alone, nothing else is to compute, and it may have more
+        decodes = (now == computed + 1) & (computed >= table.num_known[running]) & (now < table.max_total[running])
+        tenanted = table.length[self.slots] > 0  # the others are cut out before the next step
+        left = (table.max_total[self.slots] - table.length[self.slots])[tenanted]
+        check(self.turns_left <= min(left.tolist(), default=NEVER), "a steady row has fewer turns left")
+        rows = replace(self).kept(table)
+        check(sorted(rows.slots.tolist()) == sorted(running[decodes].tolist()), "steady rows are not those that decode")
+        check((rows.ends == table.num_computed[rows.slots]).all(), "steady rows are at the wrong tokens")
+        check((rows.sampler, rows.num_logprobs) == choose_sampler(table, rows.slots), "the steady sampler is off")
+        for slot, end in zip(rows.slots.tolist(), rows.ends.tolist(), strict=True):
+            check(kv.holds(slot, end + rows.page_turns), f"slot {slot}: its pages of the next turns are not there")
 
 
-def turns_left(table: RowTable, slots: I64) -> int:
-    """Steps until one of the rows has all the tokens it may have."""
-    return int(np.minimum.reduce(table.max_total[slots] - table.length[slots]))
+def least(left: I32) -> int:
+    return int(np.minimum.reduce(left))
 
 
-def find_steady(
-    table: RowTable, rows: ChosenRows, sampling: I64, choice: tuple[Sampler, int, Bucket]
-) -> SteadyRows | None:
-    """What the step after `rows` may repeat; None unless all running rows decode and sample in it."""
-    slots = rows.slots
-    if len(sampling) != len(slots) or rows.num_single != len(slots):
-        return None
-    return SteadyRows(slots, table.generation[slots], rows.ends, turns_left(table, slots), *choice)
-
-
-def fill_steady(ring: PlanRing, table: RowTable, rows: ChosenRows, steady: SteadyRows) -> tuple[PlanBuffers, I32]:
-    """As plan.fill_rows, for rows that came out of `steady.next`. -> (buffers, logit_rows [S])."""
-    buffers = ring.next()
-    slots, count = rows.slots, len(rows.slots)
-    buffers.slots[:count] = slots
-    buffers.generation[:count] = steady.generation
-    buffers.num_computed[:count] = rows.computed
-    buffers.num_new[:count] = 1
-    buffers.num_logits[:count] = 1
-    buffers.token_ids[:count] = LAST_TOKEN
-    buffers.positions[0, :count] = rows.computed
-    logit_rows = buffers.logit_rows[:count]
-    logit_rows[:] = ring.arange[:count]
-    table.num_computed[slots] = rows.ends
-    table.length[slots] = rows.ends + 1
-    return buffers, logit_rows
+def no_rows_steady() -> SteadyRows:
+    none = np.zeros(0, np.int32)
+    return SteadyRows(none.astype(np.int64), none, NEVER, Sampler.NONE, -1)

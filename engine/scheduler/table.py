@@ -164,7 +164,7 @@ class RowTable:
         request.outputs = self.tokens[slot, request.num_prompt : self.num_tokens[slot]].tolist()
         self.generation[slot] += 1
         self.length[slot] = self.num_computed[slot] = self.num_tokens[slot] = self.num_known[slot] = 0
-        self.collected[slot] = self.reserve_to[slot] = 0
+        self.collected[slot] = self.reserve_to[slot] = self.max_total[slot] = 0
         self.num_keyed[slot] = NEVER_KEYED
         self.num_prompt_scorers -= int(self.scores_prompt[slot])
         self.scores_prompt[slot] = False
