@@ -1,6 +1,7 @@
-"""A load on a running server: `python bench/serve.py --num-prompts 100 --request-rate 4`; see `--help`.
+"""A load on a running server, or the table of one GPU against its peers.
 
-The same program as `twinfer bench serve`; here so that the benches lie together.
+python bench/serve.py --num-prompts 100 --request-rate 4      as `twinfer bench serve`; see `--help`
+python bench/serve.py --table h200 [--only decode,ttft]       see bench/table_h200.py
 """
 
 from __future__ import annotations
@@ -13,4 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.entrypoints.cli import main
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--table"]:
+        from bench import table_h200
+
+        if sys.argv[2:3] != ["h200"]:
+            sys.exit("--table: only h200 is known")
+        sys.exit(table_h200.main(sys.argv[3:]))
     sys.exit(main(["bench", "serve", *sys.argv[1:]]))
