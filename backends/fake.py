@@ -83,7 +83,7 @@ class Runner:
 
     # life
 
-    def describe(self) -> DeviceInfo:
+    def describe(self, device: str = "auto") -> DeviceInfo:
         options = self.options
         return DeviceInfo(
             kind="fake",

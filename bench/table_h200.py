@@ -180,7 +180,8 @@ def report(
     verdict = "goal" if ratio <= goal else "met" if ratio <= must else "MISSED"
     print(
         f"{work:34s} ours {ours:8.2f} {unit} ({min(taken):.2f}-{max(taken):.2f})"
-        f"  {ours / floor:5.2f} x floor {floor:7.2f}  vLLM {theirs:7.2f} ({theirs / their_floor:5.2f} x)  ours/vLLM {ratio:5.2f} must {must:.2f} goal {goal:.2f}"
+        f"  {ours / floor:5.2f} x floor {floor:7.2f}  vLLM {theirs:7.2f} ({theirs / their_floor:5.2f} x)"
+        f"  ours/vLLM {ratio:5.2f} must {must:.2f} goal {goal:.2f}"
         f"  {verdict}",
         flush=True,
     )

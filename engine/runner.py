@@ -112,7 +112,8 @@ Progress = Callable[[str, int, int], None]
 class ModelRunner(Protocol):
     """Executes StepPlans. Calls come in this order: describe, configure, load, allocate_cache, warm_up, then steps."""
 
-    def describe(self) -> DeviceInfo: ...
+    def describe(self, device: str = "auto") -> DeviceInfo:
+        """device: --device. The one asked for is described, and configured later. Raises ConfigError."""
 
     def configure(self, config: RunnerConfig, place: Placement) -> None: ...
 

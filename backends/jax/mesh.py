@@ -14,8 +14,7 @@ PAGE_TOKENS = {"cpu": 64, "gpu": 64, "tpu": 128}
 HOST_SHARE = 4  # a CPU runner takes a quarter of the free memory: the host is not the engine's alone
 
 
-def describe() -> DeviceInfo:
-    device = jax.devices()[0]
+def describe(device: jax.Device) -> DeviceInfo:
     total, free = memory(device)
     return DeviceInfo(
         kind=device.platform,
@@ -44,9 +43,11 @@ def memory(device: jax.Device) -> tuple[int, int]:
 
 
 def choose_device(requested: str) -> jax.Device:
-    """The device of `--device`. jax picks the platform when it is first used, so another one can only be refused."""
-    device = jax.devices()[0]
+    """The device of `--device`. jax keeps the platform that it was first used with; after that another is refused."""
     wanted = {"cuda": "gpu"}.get(requested, requested)
+    if wanted == "cpu" and not jax.config.jax_platforms:
+        jax.config.update("jax_platforms", "cpu")  # no accelerator is opened for a process that does not want it
+    device = jax.devices()[0]
     if wanted not in ("auto", device.platform):
         name = {"gpu": "cuda"}.get(wanted, wanted)
         raise ConfigError(

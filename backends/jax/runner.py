@@ -79,8 +79,8 @@ class Runner:
 
     # life
 
-    def describe(self) -> DeviceInfo:
-        return mesh.describe()
+    def describe(self, device: str = "auto") -> DeviceInfo:
+        return mesh.describe(mesh.choose_device(device))
 
     def configure(self, config: RunnerConfig, place: Placement) -> None:
         for name, value, only in (

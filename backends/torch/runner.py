@@ -45,12 +45,11 @@ class Runner:
         self._tables: Tables | None = None
         self._work: EagerSteps | None = None
         self._jobs: deque[tuple[Step, Callable[[Step], None]]] = deque()  # on a CPU: begun, not done
-        self._device = devices.choose_device("auto")
 
     # life
 
-    def describe(self) -> DeviceInfo:
-        return devices.describe(self._device)
+    def describe(self, device: str = "auto") -> DeviceInfo:
+        return devices.describe(devices.choose_device(device))
 
     def configure(self, config: RunnerConfig, place: Placement) -> None:
         for name, value, only in (

@@ -75,7 +75,7 @@ def start_core(config: EngineConfig, model_path: Path, progress: Progress | None
     backend = choose_backend(config.backend, config.device)
     runner = load_runner(backend.name)
     phases.done("import")
-    device = runner.describe()
+    device = runner.describe(config.device)
     resolved = resolve(config, arch, device)
     runner.configure(resolved.runner, Placement())
     phases.done("configure")
