@@ -35,6 +35,9 @@ class EagerSteps:
         if progress is not None:
             progress("warm_up", 1, 1)
 
+    def num_compiles(self) -> int:
+        return 0
+
     def prepare(self, step: Step) -> None:
         """Copy out of the plan what the later jobs read."""
         step.batch = pack(step.plan, self._loaded.tables)

@@ -8,29 +8,63 @@ Letters: T tokens · S rows.
 from __future__ import annotations
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from backends.torch.batch import Batch
 from backends.torch.eager import EagerSteps
 from backends.torch.graphs import DecodeGraphs
 from backends.torch.results import Outcome
+from backends.torch.sample import argmax
 from backends.torch.step import Loaded, Step
+from cuda_kernels import compiles
 from cuda_kernels.attention_ragged import make_work
 from cuda_kernels.gpu_attention import GpuWork
 from engine.opened import Use
 from engine.runner import Progress
-from engine.step import Sampler, StepPlan
+from engine.step import I32, Sampler, StepPlan
 from torch_models.fused import FusedDecoder
+
+WARM_TOKENS = (2, 5, 9, 17, 33, 65, 129, 257, 513, 2049)  # one of each class of sizes that kernels tell apart
 
 
 class GpuSteps(EagerSteps):
     def __init__(self, loaded: Loaded) -> None:
         super().__init__(loaded)
+        compiles.begin()
         self._fused = FusedDecoder(loaded.decoder)
         self._graphs = DecodeGraphs(loaded, self._fused)
 
     def warm_up(self, progress: Progress | None = None) -> None:
+        """Capture the decode steps, then run one other step of each size class: every kernel is compiled here."""
         self._graphs.capture(progress)
+        config = self._loaded.config
+        counts = [n for n in WARM_TOKENS if n < config.max_batched_tokens]
+        for tokens in (*counts, config.max_batched_tokens):
+            rows = [config.max_model_len] * (tokens // config.max_model_len)
+            rows += [tokens % config.max_model_len] * (tokens % config.max_model_len > 0)
+            self._warm(np.array(rows, np.int32))
+        if self._loaded.tables.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def num_compiles(self) -> int:
+        return compiles.count()
+
+    def _warm(self, num_new: I32) -> None:
+        """A step of rows of the padding slot: what it writes goes to the null page."""
+        tables, rows = self._loaded.tables, len(num_new)
+        starts = np.cumsum(num_new) - num_new
+        index = np.arange(num_new.sum()) - np.repeat(starts, num_new)
+        device = [tables.to_device(np.asarray(part, np.int64)) for part in (
+            np.zeros(len(index)), index, np.repeat(np.arange(rows), num_new),
+            np.full(rows, self._loaded.config.max_slots), starts + num_new - 1,
+        )]  # fmt: skip
+        ids, positions, token_rows, slots, last = device
+        batch = Batch(
+            starts=starts.tolist(), num_new=num_new.tolist(), num_computed=[0] * rows, token_ids=ids,
+            positions=positions, token_rows=token_rows, index=positions, slots=slots, logit_rows=last,
+        )  # fmt: skip
+        argmax(self.logits(self.hidden(batch, ids)[last]))
 
     def prepare(self, step: Step) -> None:
         if self._is_decode(step.plan):

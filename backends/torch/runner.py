@@ -141,7 +141,7 @@ class Runner:
             work.warm_up(progress)
 
     def num_compiles(self) -> int:
-        return 0
+        return 0 if self._work is None else self._work.num_compiles()
 
     def shutdown(self) -> None:
         self._jobs.clear()

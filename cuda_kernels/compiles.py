@@ -1,0 +1,29 @@
+"""How many triton kernels this process has compiled or loaded: the counter behind "nothing compiles after ready"."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from triton import knobs
+
+_count = 0
+
+
+def count() -> int:
+    """Variants so far. Counting begins with the first call of `begin`."""
+    return _count
+
+
+def begin() -> None:
+    """Count from here on, besides whoever listens already. Called once a runner; a second call changes nothing."""
+    if getattr(knobs.runtime.jit_post_compile_hook, "counts", False):
+        return
+    former = knobs.runtime.jit_post_compile_hook
+
+    def hook(*args: Any, **options: Any) -> Any:
+        global _count
+        _count += 1
+        return None if former is None else former(*args, **options)
+
+    hook.counts = True  # type: ignore[attr-defined]
+    knobs.runtime.jit_post_compile_hook = hook
