@@ -45,7 +45,7 @@ def check_prompt(request: Request, config: SchedulerConfig, capacity: int) -> No
         raise InvalidValue("prompt: it is empty; expected at least one token", param="prompt")
     if prompt.dtype != np.int32 or prompt.ndim != 1:
         raise InvalidValue(f"prompt: {prompt.dtype} {prompt.shape} is not accepted; expected i32 [n]", param="prompt")
-    low, high = int(prompt.min()), int(prompt.max())
+    low, high = int(np.minimum.reduce(prompt)), int(np.maximum.reduce(prompt))
     if low < 0 or high >= config.vocab_size:
         bad = low if low < 0 else high
         raise InvalidValue(f"prompt: token id {bad} is not in [0, {config.vocab_size})", param="prompt")

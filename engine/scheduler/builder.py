@@ -14,7 +14,7 @@ from engine.scheduler.opened import opened_rows
 from engine.scheduler.plan import InFlight, PlanRing, choose_sampler, fill_rows, score_prompts
 from engine.scheduler.state import State
 from engine.scheduler.steady import SteadyRows, no_rows_steady
-from engine.step import I32, I64, Bucket, StepPlan
+from engine.step import I32, I64, Bucket, Sampler, StepPlan
 
 
 class PlanBuilder:
@@ -55,10 +55,8 @@ class PlanBuilder:
         sampler, num_logprobs = self.steady.sampler, self.steady.num_logprobs
         if count > num_steady:
             num_tokens += int(np.add.reduce(rows.new[num_steady:]))
-            sampled = rows.slots[sampling]
-            others = choose_sampler(table, sampled)
+            others = self._sort_out(rows, sampling, opened)
             sampler, num_logprobs = max(sampler, others[0]), max(num_logprobs, others[1])
-            self._sort_out(rows, sampling, opened)
         copies, held = state.kv.take_copies()
         scores, scored = score_prompts(table, rows)
         state.counters.steps += 1
@@ -83,9 +81,13 @@ class PlanBuilder:
         )
         return InFlight(plan, rows.slots, held, [], scored)
 
-    def _sort_out(self, rows: ChosenRows, sampling: I64, opened: list[tuple[int, int]]) -> None:
-        """Rows that sample go on by themselves from now on; the others are looked at again."""
+    def _sort_out(self, rows: ChosenRows, sampling: I64, opened: list[tuple[int, int]]) -> tuple[Sampler, int]:
+        """Rows that sample go on by themselves from now on; the others are looked at again.
+
+        -> what choose_sampler says of those that sample for the first time.
+        """
         sampled = rows.slots[sampling]
+        choice = choose_sampler(self._state.table, sampled)
         if self._others is None:
             before: list[int] = self._state.running.slots.tolist()
         else:
@@ -95,7 +97,8 @@ class PlanBuilder:
         if opened and len(others) > 1:
             others.sort(key=lambda slot: self._state.table.entry(slot).order)
         self._others = others
-        self.steady = self.steady.joined(self._state.table, sampled, rows.ends[sampling])
+        self.steady = self.steady.joined(self._state.table, sampled, rows.ends[sampling], choice)
+        return choice
 
     def _choose_bucket(self, num_tokens: int, num_rows: int) -> Bucket:
         tokens, rows, bucket = self._bucket

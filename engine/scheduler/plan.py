@@ -78,65 +78,66 @@ class PlanRing:
 def fill_rows(ring: PlanRing, table: RowTable, rows: ChosenRows) -> tuple[PlanBuffers, I32, I64]:
     """Write the row and token arrays. -> (buffers, logit_rows [L], rows of the plan that sample and are not steady)."""
     buffers = ring.next()
-    slots, count, num_steady = rows.slots, len(rows.slots), rows.num_steady
+    slots, count, num_steady, num_single = rows.slots, len(rows.slots), rows.num_steady, rows.num_single
     buffers.slots[:count] = slots
     buffers.generation[:count] = table.generation[slots]
     buffers.num_computed[:count] = rows.computed
     buffers.num_new[:count] = rows.new
     buffers.num_logits[:num_steady] = 1
     buffers.token_ids[:num_steady] = LAST_TOKEN
-    buffers.positions[0, : rows.num_single] = rows.computed[: rows.num_single]
+    buffers.positions[0, :num_single] = rows.computed[:num_single]
+    buffers.logit_rows[:num_steady] = ring.arange[:num_steady]
     table.num_computed[slots] = rows.ends
-    sampling, num_logits = NO_ROWS, num_steady
-    if count > num_steady:
-        sampling = fill_others(buffers, table, rows, ring.arange)
-        num_logits += len(sampling)
-        slots = slots[:num_steady]
-    table.length[slots] = rows.ends[:num_steady] + 1
-    logit_rows = buffers.logit_rows[:num_logits]
-    logit_rows[:num_steady] = ring.arange[:num_steady]
-    if len(sampling):
-        # a row's last token is the one before the next row's first; steady rows have one each
-        ends = np.cumsum(rows.new[num_steady:], dtype=np.int32)
-        logit_rows[num_steady:] = ends[sampling - num_steady] + (num_steady - 1)
-    return buffers, logit_rows, sampling
-
-
-def fill_others(buffers: PlanBuffers, table: RowTable, rows: ChosenRows, arange: I32) -> I64:
-    """The part of fill_rows that looks at rows which are not steady. -> those of them that sample."""
-    begin, count, num_single = rows.num_steady, len(rows.slots), rows.num_single
-    slots, ends = rows.slots[begin:], rows.ends[begin:]
-    samples = ends == table.length[slots]
-    buffers.num_logits[begin:count] = samples
-    if num_single > begin:
-        fill_single(buffers, table, rows)
+    if count == num_steady:
+        table.length[slots] = rows.ends + 1
+        return buffers, buffers.logit_rows[:count], NO_ROWS
+    table.length[slots[:num_steady]] = rows.ends[:num_steady] + 1
+    sampling = fill_single(buffers, table, rows) if num_single > num_steady else []
     if count > num_single:
-        fill_chunks(buffers, table, rows, arange)
-    sampling: I64 = samples.nonzero()[0]
-    table.length[slots[sampling]] += 1
-    sampling += begin
-    return sampling
+        sampling += fill_chunks(buffers, table, rows, num_steady + len(sampling), ring.arange)
+    return buffers, buffers.logit_rows[: num_steady + len(sampling)], np.array(sampling, np.int64)
 
 
-def fill_single(buffers: PlanBuffers, table: RowTable, rows: ChosenRows) -> None:
-    """Rows with one token: the one they sampled last, which the device has, or the last known one."""
-    span = slice(rows.num_steady, rows.num_single)
-    slots, computed = rows.slots[span], rows.computed[span]
-    ids = buffers.token_ids[span]
+def fill_single(buffers: PlanBuffers, table: RowTable, rows: ChosenRows) -> list[int]:
+    """Rows with one token that are not steady: the one they sampled last, which the device has, or the last known one.
+
+    -> those that sample.
+    """
+    begin, end = rows.num_steady, rows.num_single
+    slots, computed = rows.slots[begin:end], rows.computed[begin:end]
+    ids = buffers.token_ids[begin:end]
     ids.fill(LAST_TOKEN)
     known = (computed < table.num_known[slots]).nonzero()[0]
     if len(known):
         ids[known] = table.tokens[slots[known], computed[known]]
+    samples = rows.ends[begin:end] == table.length[slots]
+    buffers.num_logits[begin:end] = samples
+    sampling = samples.nonzero()[0]
+    table.length[slots[sampling]] += 1
+    sampling += begin
+    # each of these rows has one token, so a row's number is its token's
+    buffers.logit_rows[begin : begin + len(sampling)] = sampling
+    sampled: list[int] = sampling.tolist()
+    return sampled
 
 
-def fill_chunks(buffers: PlanBuffers, table: RowTable, rows: ChosenRows, arange: I32) -> None:
-    at = rows.num_single
-    span = slice(rows.num_single, None)
-    triples = zip(rows.slots[span].tolist(), rows.computed[span].tolist(), rows.new[span].tolist(), strict=True)
-    for slot, begin, count in triples:
+def fill_chunks(buffers: PlanBuffers, table: RowTable, rows: ChosenRows, num_logits: int, arange: I32) -> list[int]:
+    """Rows with several tokens, one by one. num_logits: rows before them that sample. -> those that sample."""
+    at = rows.num_single  # the rows before have one token each
+    sampled: list[int] = []
+    for row in range(rows.num_single, len(rows.slots)):
+        slot, begin, count = rows.slots.item(row), rows.computed.item(row), rows.new.item(row)
         buffers.token_ids[at : at + count] = table.tokens[slot, begin : begin + count]
         buffers.positions[0, at : at + count] = arange[begin : begin + count]
         at += count
+        length = table.length.item(slot)
+        samples = begin + count == length
+        buffers.num_logits[row] = samples
+        if samples:
+            table.length[slot] = length + 1
+            buffers.logit_rows[num_logits + len(sampled)] = at - 1  # its last token
+            sampled.append(row)
+    return sampled
 
 
 def choose_sampler(table: RowTable, sampling: I64) -> tuple[Sampler, int]:

@@ -51,15 +51,19 @@ class SteadyRows:
         self.turns_left = least(left)
         return self
 
-    def joined(self, table: RowTable, slots: I64, ends: I32) -> SteadyRows:
-        """With `slots`, which have sampled in the step just planned, behind these; but for those that then are full."""
+    def joined(self, table: RowTable, slots: I64, ends: I32, choice: tuple[Sampler, int]) -> SteadyRows:
+        """With `slots`, which have sampled in the step just planned, behind these; but for those that then are full.
+
+        choice: what choose_sampler says of `slots`.
+        """
         left = table.max_total[slots] - table.length[slots]
         if np.count_nonzero(left > 0) < len(left):
             stays = (left > 0).nonzero()[0]
             left, slots, ends = left[stays], slots[stays], ends[stays]
+            choice = choose_sampler(table, slots)
         if not len(slots):
             return self
-        sampler, num_logprobs = choose_sampler(table, slots)
+        sampler, num_logprobs = choice
         turns = least(left)
         if len(self.slots):
             slots, ends = np.concatenate((self.slots, slots)), np.concatenate((self.ends, ends))

@@ -10,8 +10,6 @@ former tenant is told by comparing generations (S-10); a free slot has num_compu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 
@@ -26,45 +24,29 @@ NEVER_KEYED = np.iinfo(np.int32).max
 Bools = npt.NDArray[np.bool_]
 
 
-@dataclass(slots=True)
 class SamplingColumns:
-    """The numeric part of step.SamplingTable, one entry a slot; names are that table's."""
+    """The numeric part of step.SamplingTable, one entry a slot: columns that a plan gathers together lie together."""
 
-    temperature: F32
-    top_p: F32
-    min_p: F32
-    top_k: I32
-    presence_penalty: F32
-    frequency_penalty: F32
-    repetition_penalty: F32
-    seed: U64
-    num_outputs: I32
-    min_tokens: I32
-    max_outputs: I32
-    num_logprobs: I32
+    def __init__(self, num_slots: int) -> None:
+        # temperature, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty
+        self.floats: F32 = np.zeros((6, num_slots), np.float32)
+        # top_k, num_outputs, min_tokens, max_outputs, num_logprobs
+        self.ints: I32 = np.zeros((5, num_slots), np.int32)
+        self.seed: U64 = np.zeros(num_slots, np.uint64)
+        self.num_logprobs: I32 = self.ints[4]  # the same memory
 
-
-def sampling_columns(num_slots: int) -> SamplingColumns:
-    def floats() -> F32:
-        return np.zeros(num_slots, np.float32)
-
-    def ints() -> I32:
-        return np.zeros(num_slots, np.int32)
-
-    return SamplingColumns(
-        temperature=floats(),
-        top_p=floats(),
-        min_p=floats(),
-        top_k=ints(),
-        presence_penalty=floats(),
-        frequency_penalty=floats(),
-        repetition_penalty=floats(),
-        seed=np.zeros(num_slots, np.uint64),
-        num_outputs=ints(),
-        min_tokens=ints(),
-        max_outputs=ints(),
-        num_logprobs=ints(),
-    )
+    def set(self, slot: int, params: SamplingParams, seed: int, ints: tuple[int, int, int]) -> None:
+        """ints: num_outputs, max_outputs, num_logprobs."""
+        self.floats[:, slot] = (
+            params.temperature,
+            params.top_p,
+            params.min_p,
+            params.presence_penalty,
+            params.frequency_penalty,
+            params.repetition_penalty,
+        )
+        self.ints[:, slot] = (max(params.top_k, 0), ints[0], params.min_tokens, ints[1], ints[2])
+        self.seed[slot] = seed
 
 
 def wants_prompt_scores(entry: Entry) -> bool:
@@ -100,7 +82,7 @@ class RowTable:
         self.chunk: I32 = np.zeros(slots, np.int32)  # most tokens a step
         self.needs_full = np.zeros(slots, np.bool_)  # of the full sampler
         self.scores_prompt = np.zeros(slots, np.bool_)  # wants prompt logprobs that are not all sent
-        self.sampling = sampling_columns(slots)
+        self.sampling = SamplingColumns(slots)
         self.entries: list[Entry | None] = [None] * slots
         self.tails: list[bytes] = [b""] * slots  # key of unit num_keyed - 1
         # how many running rows stop at an id: most sampled tokens need no closer look
@@ -134,28 +116,14 @@ class RowTable:
         self.scores_prompt[slot] = scores
         self.num_prompt_scorers += scores
         self.chunk[slot] = min(self.config.max_chunk, self.config.max_prompt_logprob_tokens if scores else known)
-        self._set_sampling(slot, params, request.seed)
-        self.sampling.num_outputs[slot] = len(request.outputs)
-        self.sampling.max_outputs[slot] = entry.max_total - request.num_prompt
+        ints = (len(request.outputs), entry.max_total - request.num_prompt, num_logprobs(params.logprobs, self.config))
+        self.sampling.set(slot, params, request.seed, ints)
         self.entries[slot] = entry
         self.stop_sets[slot] = stops = frozenset(request.stop_ids)
         for token in stops:
             self.stop_refs[token] += 1
         entry.slot = slot
         return slot
-
-    def _set_sampling(self, slot: int, params: SamplingParams, seed: int) -> None:
-        columns = self.sampling
-        columns.temperature[slot] = params.temperature
-        columns.top_p[slot] = params.top_p
-        columns.min_p[slot] = params.min_p
-        columns.top_k[slot] = max(params.top_k, 0)
-        columns.presence_penalty[slot] = params.presence_penalty
-        columns.frequency_penalty[slot] = params.frequency_penalty
-        columns.repetition_penalty[slot] = params.repetition_penalty
-        columns.seed[slot] = seed
-        columns.min_tokens[slot] = params.min_tokens
-        columns.num_logprobs[slot] = num_logprobs(params.logprobs, self.config)
 
     def close(self, slot: int) -> Entry:
         """End the tenancy. The generated tokens go back to the request."""
