@@ -177,20 +177,37 @@ DUMMY_BLOCK = 1_048_573  # prime, so that a repeated block never lines up with t
 
 
 def dummy_params(arch: ArchSpec, seed: int) -> Iterator[tuple[ParamSpec, RawTensor]]:
-    """Random weights of arch.checkpoint_dtype, the same for one seed everywhere; a block of normals is repeated.
+    """Random weights of arch.checkpoint_dtype, the same for one seed everywhere: dummy_blocks, repeated."""
+    for param, block in dummy_blocks(arch, seed):
+        yield param, RawTensor(block.dtype, repeated(block.data, param.shape))
 
-    Matrices have a standard deviation of 1 / sqrt(their last dimension), so that activations keep their size.
+
+def dummy_blocks(arch: ArchSpec, seed: int) -> Iterator[tuple[ParamSpec, RawTensor]]:
+    """Of each parameter the numbers [n] that fill it over and over, n <= DUMMY_BLOCK; a device can repeat them itself.
+
+    Matrices have a standard deviation of 1 / sqrt(their last dimension), so that activations keep their size. Large
+    matrices share one block of normals, each begun at another place.
     """
     dtype = arch.checkpoint_dtype
+    shared: dict[float, NDArray[Any]] = {}
     for index, param in enumerate(param_table(arch)):
-        if param.init == "normal":
-            rng = np.random.Generator(np.random.Philox(key=[seed % 2**64, index]))
-            block = rng.standard_normal(min(param.num_elements, DUMMY_BLOCK), dtype=np.float32)
-            # Biases are small, so that they matter and do not drown what they are added to.
-            block *= param.shape[-1] ** -0.5 if len(param.shape) > 1 else 0.1
-        else:
-            block = np.full(min(param.num_elements, DUMMY_BLOCK), param.init == "ones", np.float32)
-        yield param, RawTensor(dtype, repeated(from_float32(block, dtype), param.shape))
+        count = min(param.num_elements, DUMMY_BLOCK)
+        if param.init != "normal":
+            yield param, RawTensor(dtype, from_float32(np.full(count, param.init == "ones", np.float32), dtype))
+            continue
+        # Biases are small, so that they matter and do not drown what they are added to.
+        scale = param.shape[-1] ** -0.5 if len(param.shape) > 1 else 0.1
+        if count < DUMMY_BLOCK:
+            yield param, RawTensor(dtype, from_float32(normals(seed, index, count) * np.float32(scale), dtype))
+            continue
+        if scale not in shared:
+            shared[scale] = from_float32(normals(seed, -1, count) * np.float32(scale), dtype)
+        yield param, RawTensor(dtype, np.roll(shared[scale], index * 7919))
+
+
+def normals(seed: int, stream: int, count: int) -> NDArray[np.float32]:
+    rng = np.random.Generator(np.random.Philox(key=[seed % 2**64, stream % 2**64]))
+    return rng.standard_normal(count, dtype=np.float32)
 
 
 def repeated(block: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
