@@ -206,7 +206,8 @@ def dummy_blocks(arch: ArchSpec, seed: int) -> Iterator[tuple[ParamSpec, RawTens
 
 
 def normals(seed: int, stream: int, count: int) -> NDArray[np.float32]:
-    rng = np.random.Generator(np.random.Philox(key=[seed % 2**64, stream % 2**64]))
+    key = np.array([seed % 2**64, stream % 2**64], np.uint64)
+    rng = np.random.Generator(np.random.Philox(key=key))
     return rng.standard_normal(count, dtype=np.float32)
 
 
