@@ -76,6 +76,10 @@ class Costs:
     update: list[float] = field(default_factory=list)
     encode: list[float] = field(default_factory=list)
 
+    def critical(self) -> list[float]:
+        """Of each step what does not overlap with the device."""
+        return [total - commit for total, commit in zip(self.total, self.commit, strict=True)]
+
     def line(self) -> str:
         ordered = sorted(self.total)
         median = statistics.median(ordered)
@@ -255,30 +259,64 @@ def steady(case: Case) -> Costs:
     return costs
 
 
-def events(page: int, rows: int = 256) -> dict[str, float]:
-    """Microseconds that one admission of a 1k or 8k prompt and one finish add to a steady step: medians."""
+@dataclass(slots=True)
+class Event:
+    """Microseconds that an event adds to steady turns, medians.
+
+    critical: what the device or a client waits for (add, schedule, update, encode), in the turn in which it happens.
+    next: the same, in the turn after it. overlapped: key commits of both turns, while the device works.
+    """
+
+    critical: float
+    next: float
+    overlapped: float
+
+    def __str__(self) -> str:
+        return f"critical {self.critical:6.1f}  next turn {self.next:6.1f}  overlapped {self.overlapped:6.1f}"
+
+
+def measure_event(turns: list[tuple[Costs, float]], steady: Costs) -> Event:
+    """turns: of each event the costs of its turn and the one after, and what came before its turn (`add`)."""
+    usual = statistics.median(steady.critical())
+    usual_commit = statistics.median(steady.commit)
+    both = [costs.critical() for costs, _ in turns]
+    return Event(
+        critical=statistics.median(first + add for (first, _), (_, add) in zip(both, turns, strict=True)) - usual,
+        next=statistics.median(second for _, second in both) - usual,
+        overlapped=statistics.median(sum(costs.commit) for costs, _ in turns) - 2 * usual_commit,
+    )
+
+
+def events(page: int, rows: int = 256) -> dict[str, Event]:
+    """One admission of a 1k or 8k prompt, and one finish, beside rows - 1 that decode."""
     case = Case(rows, page, 15)
     bench = Bench(case, 9216, budget=16384)
     bench.start_rows(rows - 1, 8000)
     quiet()
-    costs: dict[str, list[float]] = {"steady": [], "admit 1k": [], "admit 8k": [], "finish": []}
+    steady = Costs()
+    turns: dict[str, list[tuple[Costs, float]]] = {"admit 1k": [], "admit 8k": [], "finish": []}
     key = 10**6
     for length, name in ((1024, "admit 1k"), (8192, "admit 8k")):
         for _ in range(60):
             key += 1
-            request = request_of(key, length, params_of(key, case, 3))
+            request = request_of(key, length, params_of(key, case, 6 + key % 4))
             begin = time.thread_time_ns()
             bench.scheduler.add(request)
             added = (time.thread_time_ns() - begin) / 1000
-            costs[name].append(bench.turn(None) + added)
-            while any(slot_key == key for slot_key in bench.scheduler.state.running_keys()):
-                last = bench.turn(None)
-            costs["finish"].append(last)
+            admission = Costs()
+            bench.turn(admission)
+            bench.turn(admission)
+            turns[name].append((admission, added))
+            end = Costs()
+            while key in bench.scheduler.state.slot_of:
+                end = Costs()
+                bench.turn(end)
+            bench.turn(end)
+            turns["finish"].append((end, 0.0))
             for _ in range(4):
-                costs["steady"].append(bench.turn(None))
+                bench.turn(steady)
     gc.unfreeze()
-    median = {name: statistics.median(values) for name, values in costs.items()}
-    return {name: value - median["steady"] for name, value in median.items() if name != "steady"}
+    return {name: measure_event(measured, steady) for name, measured in turns.items()}
 
 
 def hashing() -> float:
@@ -364,8 +402,8 @@ def main() -> None:
     if not options.only:
         print()
         for page in (16, 128):
-            shown = "  ".join(f"{name} {value:.1f}" for name, value in events(page).items())
-            print(f"us an event beside 255 decoding rows, page {page:3d}: {shown}")
+            for name, event in events(page).items():
+                print(f"us an event beside 255 decoding rows, page {page:3d}: {name:8s}  {event}")
         print(f"8k prompt hashed from int32: {hashing():.1f} us")
 
 

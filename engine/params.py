@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from operator import attrgetter
 from typing import Any
 
 from engine.errors import InvalidValue
@@ -186,8 +187,10 @@ class SamplingParams:
 
 def validate(params: SamplingParams) -> None:
     """Check every field against BOUNDS and the fields against each other. Raises InvalidValue."""
-    for name, bound in BOUNDS.items():
-        check_value(name, getattr(params, name), bound)
+    for (name, bound, default), value in zip(CHECKS, bounded_fields(params), strict=True):
+        # most values are the default, which is inside its bound; of the same type, for True == 1
+        if value is not default and (type(value) is not type(default) or value != default):
+            check_value(name, value, bound)
     if params.max_tokens is not None and params.min_tokens > params.max_tokens:
         raise InvalidValue(
             f"min_tokens: {params.min_tokens} is more than max_tokens {params.max_tokens}", param="min_tokens"
@@ -203,6 +206,14 @@ def validate(params: SamplingParams) -> None:
             "allowed_token_ids: [] is not accepted; expected at least one id or null", param="allowed_token_ids"
         )
 
+
+CHECKS = tuple(
+    (f.name, BOUNDS[f.name], f.default_factory() if callable(f.default_factory) else f.default)
+    for f in fields(SamplingParams)
+    if f.name in BOUNDS
+)
+bounded_fields = attrgetter(*(name for name, _, _ in CHECKS))
+"""The values of the fields in CHECKS."""
 
 UNBOUNDED = {"output_kind"}
 """Fields of SamplingParams that have no row in BOUNDS, with their own type check."""

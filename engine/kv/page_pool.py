@@ -122,21 +122,27 @@ class PagePool:
     def _give_back(self, pages: I64) -> None:
         keyed = self.keyed[pages]
         count = int(np.count_nonzero(keyed))
+        num_blank = len(pages) - count
         cached = pages
-        if count < len(pages):
-            cached, blank = pages[keyed], pages[~keyed]
-            self._blank[self._num_blank : self._num_blank + len(blank)] = blank
-            self._num_blank += len(blank)
+        if num_blank:
+            if np.count_nonzero(keyed[num_blank:]) == count:
+                # the deepest pages of a row stand first, and have no keys yet
+                cached, blank = pages[num_blank:], pages[:num_blank]
+            else:
+                cached, blank = pages[keyed], pages[~keyed]
+            self._blank[self._num_blank : self._num_blank + num_blank] = blank
+            self._num_blank += num_blank
         if not count:
             return
         if self._tail + count > len(self._ring):
             self._compact()
-        stamps = np.arange(self._clock + 1, self._clock + count + 1, dtype=np.int64)
+        end = self._tail + count
+        stamps = self._ring_stamps[self._tail : end]
+        stamps[:] = np.arange(self._clock + 1, self._clock + count + 1)
         self._clock += count
         self._stamp[cached] = stamps
-        self._ring[self._tail : self._tail + count] = cached
-        self._ring_stamps[self._tail : self._tail + count] = stamps
-        self._tail += count
+        self._ring[self._tail : end] = cached
+        self._tail = end
         self._num_cached += count
 
     def _compact(self) -> None:

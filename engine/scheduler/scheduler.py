@@ -110,12 +110,12 @@ class Scheduler:
         kv, steady = self.state.kv, self._builder.steady
         if rows.num_steady and not steady.page_turns and kv.has_spare(len(rows.slots)):
             # pages are plenty: those of some turns at once cost little more than those of one
-            turns = min(PAGE_TURNS, steady.turns_left + 1)
             ends = rows.ends.copy()
-            ends[: rows.num_steady] += turns - 1  # the last of `turns` ends so much later
+            ends[: rows.num_steady] += PAGE_TURNS - 1  # the last of these turns ends so much later
+            np.minimum(ends, self.state.table.max_total[rows.slots], out=ends)
             kv.trim(rows.slots, rows.computed)
             if kv.grow(rows.slots, ends):
-                steady.page_turns = turns - 1
+                steady.page_turns = PAGE_TURNS - 1
                 return rows
         lacking = rows
         if steady.page_turns:

@@ -28,7 +28,7 @@ class SteadyRows:
     turns_left: int  # steps until a row has all the tokens it may have; never too many
     sampler: Sampler  # the weakest that serves them, NONE = no rows
     num_logprobs: int  # most that one of them wants
-    page_turns: int = 0  # further steps for which their pages are there
+    page_turns: int = 0  # further steps for which their pages are there, as far as they may go
 
     def next(self, ones: I32) -> ChosenRows:
         """The same rows, one token on. ones: i32 [>= S]."""
@@ -84,8 +84,9 @@ class SteadyRows:
         check(sorted(rows.slots.tolist()) == sorted(running[decodes].tolist()), "steady rows are not those that decode")
         check((rows.ends == table.num_computed[rows.slots]).all(), "steady rows are at the wrong tokens")
         check((rows.sampler, rows.num_logprobs) == choose_sampler(table, rows.slots), "the steady sampler is off")
-        for slot, end in zip(rows.slots.tolist(), rows.ends.tolist(), strict=True):
-            check(kv.holds(slot, end + rows.page_turns), f"slot {slot}: its pages of the next turns are not there")
+        ends = np.minimum(rows.ends + rows.page_turns, table.max_total[rows.slots])
+        for slot, end in zip(rows.slots.tolist(), ends.tolist(), strict=True):
+            check(kv.holds(slot, end), f"slot {slot}: its pages of the next turns are not there")
 
 
 def least(left: I32) -> int:

@@ -67,18 +67,20 @@ class RowTable:
         self.units = self.tokens.reshape(slots, units, unit_tokens)  # the same memory
         self.flat = self.tokens.reshape(-1)  # the same memory
         self.row_start: I64 = np.arange(slots, dtype=np.int64) * self.tokens.shape[1]  # of each row in `flat`
+        # numbers of a row's progress; all zero while the slot is free
+        self._progress: I32 = np.zeros((7, slots), np.int32)
         self.key: I64 = np.zeros(slots, np.int64)  # request key
         self.generation: I32 = np.zeros(slots, np.int32)
-        self.num_known: I32 = np.zeros(slots, np.int32)
-        self.num_tokens: I32 = np.zeros(slots, np.int32)
-        self.length: I32 = np.zeros(slots, np.int32)
-        self.num_computed: I32 = np.zeros(slots, np.int32)
-        self.collected: I32 = np.zeros(slots, np.int32)  # tokens whose KV was computed by collected steps
-        self.max_total: I32 = np.zeros(slots, np.int32)
+        self.num_known: I32 = self._progress[0]
+        self.num_tokens: I32 = self._progress[1]
+        self.length: I32 = self._progress[2]
+        self.num_computed: I32 = self._progress[3]
+        self.collected: I32 = self._progress[4]  # tokens whose KV was computed by collected steps
+        self.max_total: I32 = self._progress[5]
         self.min_total: I32 = np.zeros(slots, np.int32)  # num_prompt + min_tokens: no stop id counts before
         self.num_cached: I32 = np.zeros(slots, np.int32)  # prompt tokens found in the prefix cache
         self.num_keyed: I32 = np.full(slots, NEVER_KEYED, np.int32)  # units, NEVER_KEYED = no prefix caching
-        self.reserve_to: I32 = np.zeros(slots, np.int32)  # tokens whose pages others must leave to this row
+        self.reserve_to: I32 = self._progress[6]  # tokens whose pages others must leave to this row
         self.chunk: I32 = np.zeros(slots, np.int32)  # most tokens a step
         self.needs_full = np.zeros(slots, np.bool_)  # of the full sampler
         self.scores_prompt = np.zeros(slots, np.bool_)  # wants prompt logprobs that are not all sent
@@ -129,13 +131,13 @@ class RowTable:
         """End the tenancy. The generated tokens go back to the request."""
         entry = self.entry(slot)
         request = entry.request
-        request.outputs = self.tokens[slot, request.num_prompt : self.num_tokens[slot]].tolist()
+        request.outputs = self.tokens[slot, request.num_prompt : self.num_tokens.item(slot)].tolist()
         self.generation[slot] += 1
-        self.length[slot] = self.num_computed[slot] = self.num_tokens[slot] = self.num_known[slot] = 0
-        self.collected[slot] = self.reserve_to[slot] = self.max_total[slot] = 0
+        self._progress[:, slot] = 0
         self.num_keyed[slot] = NEVER_KEYED
-        self.num_prompt_scorers -= int(self.scores_prompt[slot])
-        self.scores_prompt[slot] = False
+        if self.scores_prompt[slot]:
+            self.num_prompt_scorers -= 1
+            self.scores_prompt[slot] = False
         for token in self.stop_sets[slot]:
             self.stop_refs[token] -= 1
         self.stop_sets[slot] = frozenset()
