@@ -207,6 +207,10 @@ class KVManager:
         """Whether a row has the pages of its tokens up to `end` in every group."""
         return all(table.capacity.item(slot) >= end for table in self.tables)
 
+    def hold(self, slots: I64, ends: I32) -> bool:
+        """Whether every row has the pages of its tokens up to its end in every group."""
+        return all(not np.count_nonzero(table.capacity[slots] < ends) for table in self.tables)
+
     def reserved(self, slots: I64, ends: I32) -> list[int]:
         """Pages a pool that the rows in `slots` will still ask for on their way to ends[i] tokens."""
         need = [0] * len(self.pools)

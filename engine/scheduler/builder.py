@@ -23,17 +23,21 @@ class PlanBuilder:
         self._ring = PlanRing(state.config)
         self.steady: SteadyRows = no_rows_steady()
         self._others: list[int] | None = []  # slots in order; None = look at every running row
+        self._full: set[int] = set()  # slots taken out of `steady` whose tenancy lasts
         self._bucket = (-1, -1, Bucket(tokens=0, rows=0))  # tokens, rows, their bucket: that of the last plan
         self._on_device: set[int] = set()  # slots that a plan has opened and none has closed
 
     def steady_rows(self) -> ChosenRows:
         """The rows that go on from the last step, one token on."""
         state = self._state
-        if self._others is not None and state.left:
+        left = [slot for slot in state.left if slot not in self._full]
+        if left and self._others:
             entries = state.table.entries
             self._others = [slot for slot in self._others if entries[slot] is not None]
-        if state.left or self.steady.turns_left <= 0:
-            self.steady = self.steady.kept(state.table)
+        if left or self.steady.turns_left <= 0:
+            self.steady, full = self.steady.kept(state.table)
+            self._full.update(full.tolist())
+        self._full.difference_update(state.left)
         return self.steady.next(self._ring.ones)
 
     def other_slots(self) -> I64:
@@ -45,6 +49,7 @@ class PlanBuilder:
     def forget_steady(self) -> None:
         """The rows that `steady_rows` gave are not used as they are."""
         self.steady, self._others = no_rows_steady(), None
+        self._full.clear()
 
     def build(self, rows: ChosenRows, opened: list[tuple[int, int]]) -> InFlight:
         """opened: (slot, tokens computed before) of rows that begin in this step."""
@@ -97,7 +102,7 @@ class PlanBuilder:
         if opened and len(others) > 1:
             others.sort(key=lambda slot: self._state.table.entry(slot).order)
         self._others = others
-        self.steady = self.steady.joined(self._state.table, sampled, rows.ends[sampling], choice)
+        self.steady = self.steady.joined(self._state.table, self._state.kv, sampled, rows.ends[sampling], choice)
         return choice
 
     def _choose_bucket(self, num_tokens: int, num_rows: int) -> Bucket:

@@ -173,14 +173,21 @@ class Scheduler:
                 new = min(new, score_budget)
                 score_budget -= new
             budget -= new
-            # nothing to trim: a row begins with no column that its first token does not see
-            check(state.kv.grow_row(slot, computed + new), "pages that were counted are not there")
+            self._begin_pages(slot, computed + new, len(rows.slots) + len(added) + 1)
             added.append((slot, computed, new))
         for entry in passed:
             state.waiting.push(entry)
         if not added:
             return rows, []
         return add_rows(rows, added), [(slot, computed) for slot, computed, _ in added]
+
+    def _begin_pages(self, slot: int, end: int, num_rows: int) -> None:
+        """The first pages of a row that begins. Nothing to trim: it has no column that its first token does not see."""
+        table, kv = self.state.table, self.state.kv
+        if end == table.length[slot] and kv.has_spare(num_rows):
+            # it decodes from the next step on: as much ahead as the others may be
+            end = min(end + PAGE_TURNS - 1, table.max_total.item(slot))
+        check(kv.grow_row(slot, end), "pages that were counted are not there")
 
     # -- results -------------------------------------------------------------------------------------------------------
 

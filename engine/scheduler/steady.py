@@ -38,20 +38,24 @@ class SteadyRows:
         count = len(self.slots)
         return ChosenRows(self.slots, computed, ones[:count], count, self.ends, count)
 
-    def kept(self, table: RowTable) -> SteadyRows:
-        """These rows but for those whose tenancy ended (their max_total is 0) or that have all their tokens."""
+    def kept(self, table: RowTable) -> tuple[SteadyRows, I64]:
+        """These rows but for those whose tenancy ended (their max_total is 0) or that have all their tokens.
+
+        -> (the rows, the slots of the others)
+        """
         left = table.max_total[self.slots] - table.length[self.slots]
         stays = (left > 0).nonzero()[0]
         if not len(stays):
-            return no_rows_steady()
+            return no_rows_steady(), self.slots
         if len(stays) < len(left):
+            gone = self.slots[(left <= 0).nonzero()[0]]
             left, slots = left[stays], self.slots[stays]
             sampler, num_logprobs = choose_sampler(table, slots)
-            return SteadyRows(slots, self.ends[stays], least(left), sampler, num_logprobs, self.page_turns)
+            return SteadyRows(slots, self.ends[stays], least(left), sampler, num_logprobs, self.page_turns), gone
         self.turns_left = least(left)
-        return self
+        return self, self.slots[:0]
 
-    def joined(self, table: RowTable, slots: I64, ends: I32, choice: tuple[Sampler, int]) -> SteadyRows:
+    def joined(self, table: RowTable, kv: KVManager, slots: I64, ends: I32, choice: tuple[Sampler, int]) -> SteadyRows:
         """With `slots`, which have sampled in the step just planned, behind these; but for those that then are full.
 
         choice: what choose_sampler says of `slots`.
@@ -64,12 +68,14 @@ class SteadyRows:
         if not len(slots):
             return self
         sampler, num_logprobs = choice
-        turns = least(left)
+        turns, page_turns = least(left), 0
         if len(self.slots):
+            ahead = np.minimum(ends + self.page_turns, table.max_total[slots])
+            page_turns = self.page_turns if self.page_turns and kv.hold(slots, ahead) else 0
             slots, ends = np.concatenate((self.slots, slots)), np.concatenate((self.ends, ends))
             sampler, num_logprobs = max(sampler, self.sampler), max(num_logprobs, self.num_logprobs)
             turns = min(turns, self.turns_left)
-        return SteadyRows(slots, ends, turns, sampler, num_logprobs)
+        return SteadyRows(slots, ends, turns, sampler, num_logprobs, page_turns)
 
     def check_integrity(self, table: RowTable, kv: KVManager, running: I64) -> None:
         """What is kept in place equals what the tables say. Raises InternalError."""
@@ -80,7 +86,7 @@ class SteadyRows:
         tenanted = table.length[self.slots] > 0  # the others are cut out before the next step
         left = (table.max_total[self.slots] - table.length[self.slots])[tenanted]
         check(self.turns_left <= min(left.tolist(), default=NEVER), "a steady row has fewer turns left")
-        rows = replace(self).kept(table)
+        rows, _ = replace(self).kept(table)
         check(sorted(rows.slots.tolist()) == sorted(running[decodes].tolist()), "steady rows are not those that decode")
         check((rows.ends == table.num_computed[rows.slots]).all(), "steady rows are at the wrong tokens")
         check((rows.sampler, rows.num_logprobs) == choose_sampler(table, rows.slots), "the steady sampler is off")
