@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cuda_kernels import cpu_linear
+from cuda_kernels import cpu_linear, cpu_norm
 from cuda_kernels import paged_attention as plain
 
 
@@ -39,6 +39,20 @@ class Work:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, of x's dtype. x: [T, I]; weight: [O, I]; bias: [O] -> [T, O]."""
     return (cpu_linear if x.device.type == "cpu" else functional).linear(x, weight, bias)
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A product's weight, [O, I], as `linear` likes it best where it lies; nothing else can read the result."""
+    return weight if weight.device.type != "cpu" or has_fused_kernels(weight.device) else cpu_linear.pack(weight)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last axis, f32. x: f32 [..., D]; weight: f32 [D], or a head's own: [N, D]."""
+    if x.device.type == "cpu":
+        return cpu_norm.rms_norm(x, weight, eps)
+    if weight.dim() == 1:
+        return functional.rms_norm(x, weight.shape, weight, eps)
+    return functional.rms_norm(x, weight.shape[-1:], None, eps) * weight
 
 
 def has_fused_kernels(device: torch.device) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from cuda_kernels.dispatch import Work, paged_attention
@@ -27,6 +28,8 @@ class Attention(nn.Module):
         self.qkv_bias = params.get("qkv_bias")  # [(N + 2K) * H]
         self.q_norm = params.get("q_norm")  # [H]
         self.k_norm = params.get("k_norm")  # [H]
+        if spec.qk_norm:  # [N + K, H]
+            self.qk_norm = torch.stack([self.q_norm] * spec.num_heads + [self.k_norm] * spec.num_kv_heads)
         self.o = params["o"]  # [D, N * H]
         self.o_bias = params.get("o_bias")  # [D]
 
@@ -35,20 +38,20 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x: [T, D]; cos, sin: f32 [T, R / 2], None without rope -> ([T, D], cache holding this step too)."""
         spec = self.spec
-        q, k, v = self.project(x)
+        qk, v = self.project(x)
         if spec.qk_norm:
-            q = rms_norm(q, self.q_norm, self.norms.eps, self.norms.offset)
-            k = rms_norm(k, self.k_norm, self.norms.eps, self.norms.offset)
+            qk = rms_norm(qk, self.qk_norm, self.norms.eps, self.norms.offset)
         if cos is not None:
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            qk = rotate(qk, cos, sin)
+        q, k = qk[:, : spec.num_heads], qk[:, spec.num_heads :]
         out, cache = paged_attention(
             q, k, v, cache, layer_index, work, scale=spec.scale, window=spec.window, logit_cap=spec.logit_cap
         )
         out = out.reshape(x.shape[0], spec.num_heads * spec.head_size)
         return linear(out, self.o, self.o_bias), cache
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x: [T, D] -> q [T, N, H], k [T, K, H], v [T, K, H]."""
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x: [T, D] -> q and k [T, N + K, H], which are normed and turned in one go, v [T, K, H]."""
         heads, kv_heads = self.spec.num_heads, self.spec.num_kv_heads
         qkv = linear(x, self.qkv, self.qkv_bias).reshape(x.shape[0], heads + 2 * kv_heads, self.spec.head_size)
-        return qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
+        return qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]

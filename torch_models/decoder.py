@@ -42,11 +42,11 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x: [T, D] -> ([T, D], cache)."""
         eps, offset = self.spec.norms.eps, self.spec.norms.offset
-        mixed, cache = self.mixer(rms_norm(x, self.attn_norm, eps, offset), cos, sin, cache, layer_index, work)
+        mixed, cache = self.mixer.forward(rms_norm(x, self.attn_norm, eps, offset), cos, sin, cache, layer_index, work)
         if self.spec.norms.sandwich:
             mixed = rms_norm(mixed, self.post_attn_norm, eps, offset)
         x = x + mixed
-        fed = self.ffn(rms_norm(x, self.ffn_norm, eps, offset))
+        fed = self.ffn.forward(rms_norm(x, self.ffn_norm, eps, offset))
         if self.spec.norms.sandwich:
             fed = rms_norm(fed, self.post_ffn_norm, eps, offset)
         return x + fed, cache
@@ -88,7 +88,7 @@ class Decoder(nn.Module):
         turns = self.turns(positions)
         for layer, (group, pool, layer_index) in zip(self.layers, places, strict=True):
             cos, sin = turns[layer.spec.mixer.rope]
-            x, caches[pool] = layer(x, cos, sin, caches[pool], layer_index, works[group])
+            x, caches[pool] = layer.forward(x, cos, sin, caches[pool], layer_index, works[group])
         norm = self.spec.final_norm
         return rms_norm(x, self.final_norm, norm.eps, norm.offset), caches
 

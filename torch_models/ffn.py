@@ -25,5 +25,5 @@ class GatedFfn(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, D] -> [T, D]."""
         gate, up = linear(x, self.gate_up, self.gate_up_bias).chunk(2, dim=-1)
-        hidden = ACTIVATIONS[self.spec.activation](gate) * up
+        hidden = ACTIVATIONS[self.spec.activation](gate).mul_(up)
         return linear(hidden, self.down, self.down_bias)

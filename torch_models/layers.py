@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cuda_kernels import dispatch
 from engine.specs.arch import ArchSpec
 from torch_models.linear import linear_f32
 
@@ -21,23 +22,22 @@ ACTIVATIONS = {
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-    """x / rms(x) * (weight + offset) over the last axis. x: [..., D]; weight: [D]."""
-    wide = functional.rms_norm(x.float(), weight.shape, weight.float() + offset if offset else weight.float(), eps)
-    return wide.to(x.dtype)
+    """x / rms(x) * (weight + offset) over the last axis. x: [..., D]; weight: [D], or a head's own: [N, D]."""
+    weight = weight.float() + offset if offset else weight.float()
+    return dispatch.rms_norm(x.float(), weight, eps).to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the first R dims of each head, halves convention. x: [T, N, H]; cos, sin: f32 [T, R / 2]."""
     half = cos.shape[-1]
     cos, sin = cos[:, None, :], sin[:, None, :]
-    wide = x.float()
-    first, second = wide[..., :half], wide[..., half : 2 * half]
-    turned = (
-        torch.addcmul(first * cos, second, sin, value=-1),
-        torch.addcmul(second * cos, first, sin),
-        wide[..., 2 * half :],
-    )
-    return torch.cat(turned, dim=-1).to(x.dtype)
+    wide = x[..., : 2 * half].float()
+    first, second = wide[..., :half], wide[..., half:]
+    turned = (wide.unflatten(-1, (2, half)) * cos[:, :, None]).flatten(-2)
+    turned[..., :half].addcmul_(second, sin, value=-1)
+    turned[..., half:].addcmul_(first, sin)
+    turned = turned.to(x.dtype)
+    return turned if 2 * half == x.shape[-1] else torch.cat((turned, x[..., 2 * half :]), dim=-1)
 
 
 def embed(token_ids: Tensor, table: Tensor, scale: float) -> Tensor:

@@ -1,7 +1,8 @@
 """How this backend stores parameters: the Storage table, logical -> stored, and the loader that goes through it.
 
 q, k and v are rows of one tensor, gate and up of another: fewer and larger products. Everything else is stored as it is
-named, [out, in], in the activation dtype, but norm weights in float32, as they are used. Called by the runner's load.
+named, [out, in], in the activation dtype, but norm weights in float32, as they are used, and on a CPU the weights of
+products as its library packs them. Called by the runner's load.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cuda_kernels.dispatch import pack
 from engine.errors import check
 from engine.specs.arch import ArchSpec
 from engine.specs.weights import ParamSpec, RawTensor, param_table
@@ -55,6 +57,9 @@ def load_params(
         rows_left[name] -= param.shape[0]
     missing = sorted(name for name, left in rows_left.items() if left)
     check(not missing, f"parameters are incomplete: {missing}")
+    for name, value in flat.items():
+        if value.dim() == 2 and name != "embed":  # rows of the embedding table are read one by one
+            flat[name] = pack(value)
     return tree(arch, flat)
 
 
