@@ -1,0 +1,76 @@
+"""Where a GPU's time goes in decode: idle share between steps, launches a step, the kernels that take longest.
+
+    python bench/gpu_trace.py [--model 8b|0.6b] [--batch 64] [--prompt 128] [--steps 40] [--layers N]
+
+A trace of the torch profiler over the middle of one generate call. Busy is the union of all intervals of kernels and
+copies; a step's launches are all launches over the steps of the window. The profiler itself slows the host a little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.gpu import LLAMA_8B
+from bench.table_h200 import QWEN3_06B, Bench
+
+SKIPPED = 0.25  # share of the trace at each end that is left out
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("8b", "0.6b"), default="8b")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=40)
+    args = parser.parse_args()
+    config = dict(LLAMA_8B if args.model == "8b" else QWEN3_06B)
+    if args.layers:
+        config["num_hidden_layers"] = args.layers
+    bench = Bench(config, 1.0, 1.0)
+    bench.seconds(bench.prompts(args.batch, args.prompt), 4)
+    trace(bench, args.batch, args.prompt, args.steps)
+    return 0
+
+
+def trace(bench: Bench, batch: int, prompt: int, steps: int) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as prof:
+        bench.seconds(bench.prompts(batch, prompt), 2 * steps)
+    events = sorted(
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in prof.events()
+        if event.device_type.name == "CUDA"
+    )
+    first, last = events[0][0], max(end for _, end, _ in events)
+    low, high = first + SKIPPED * (last - first), last - SKIPPED * (last - first)
+    inside = [event for event in events if low <= event[0] and event[1] <= high]
+    span = inside[-1][1] - inside[0][0]
+    busy, reached = 0.0, inside[0][0]
+    times: dict[str, float] = defaultdict(float)
+    counts: dict[str, int] = defaultdict(int)
+    for start, end, name in inside:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+        times[name] += end - start
+        counts[name] += 1
+    # one copy to the host ends a step
+    turns = sum(count for name, count in counts.items() if "Memcpy DtoH" in name)
+    if not turns:
+        sys.exit("the trace holds no copy to the host")
+    print(
+        f"batch {batch}, prompt {prompt}: {turns} steps in {span / 1e3:.2f} ms ({span / turns / 1e3:.3f} ms each), "
+        f"idle {1 - busy / span:.2%}, {len(inside) / turns:.0f} launches a step"
+    )
+    for name in sorted(times, key=lambda n: -times[n])[:14]:
+        print(f"  {times[name] / turns:9.1f} us a step  {counts[name] / turns:6.1f} x  {name[:110]}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
