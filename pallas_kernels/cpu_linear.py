@@ -1,7 +1,7 @@
 """Products of a few rows with [out, in] weights on the CPU, in C++ (csrc/cpu_linear.cc), through jax.ffi.
 
-XLA:CPU leaves half or more of the memory bandwidth unused below some sixteen rows in float32 and four in bfloat16
-(a single bfloat16 row takes ten times as long as two); above, its products are the better ones.
+XLA:CPU leaves half or more of the memory bandwidth unused below some sixteen rows (in bfloat16 it turns the weights
+around first, and a single row takes ten times as long as two); above, its products are the better ones.
 Letters: M rows of x · K in · N out.
 """
 
@@ -14,13 +14,14 @@ from jax import Array
 from pallas_kernels.cpu_library import library
 
 TARGET = "twinfer_cpu_linear"
-MAX_ROWS = {"float32": 16, "bfloat16": 4}
+MAX_ROWS = 16
+DTYPES = ("float32", "bfloat16")
 
 
 def available(x: Array, weight: Array) -> bool:
     """Whether the library is there and the better choice. x: [M, K]; weight: [N, K]."""
-    most = MAX_ROWS.get(weight.dtype.name, 0)
-    return x.shape[0] <= most and x.dtype.name in MAX_ROWS and library() is not None
+    few = x.shape[0] <= MAX_ROWS and x.dtype.name in DTYPES and weight.dtype.name in DTYPES
+    return few and library() is not None
 
 
 def linear(x: Array, weight: Array) -> Array:

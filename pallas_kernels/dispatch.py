@@ -6,12 +6,13 @@ Letters: T tokens · S rows · N query heads · K KV heads · H head size · L l
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels import cpu_attention, cpu_linear
+from pallas_kernels import cpu_attention, cpu_layer, cpu_linear
 from pallas_kernels import paged_attention as plain
 from pallas_kernels.cpu_library import library
 
@@ -61,6 +62,11 @@ def least_rows(platform: str, dtype: str) -> int:
 def choose_kernel(platform: str, head_size: int) -> str:
     """platform: "cpu" | "gpu" | "tpu"."""
     return "cpu" if platform == "cpu" and cpu_attention.available(head_size) else "plain"
+
+
+def has_whole_layers(kernel: str, tokens: int, head_size: int, dtype: str) -> bool:
+    """Whether decoder_layer takes steps of so many tokens. kernel: as choose_kernel said; dtype: of activations."""
+    return kernel == "cpu" and cpu_layer.available(tokens, head_size, dtype)
 
 
 def cache_shape(
@@ -121,6 +127,52 @@ def paged_attention(
         tile_rows=work.tile_rows,
         tile_starts=work.tile_starts,
         num_tiles=work.num_tiles,
+        scale=scale,
+        window=window,
+        logit_cap=logit_cap,
+    )
+
+
+def decoder_layer(
+    x: Array,
+    parts: Mapping[str, Array],
+    cos: Array | None,
+    sin: Array | None,
+    cache: Array,
+    layer_index: int,
+    work: Work,
+    *,
+    num_heads: int,
+    activation: str,
+    eps: float,
+    offset: float,
+    scale: float,
+    window: int | None,
+    logit_cap: float | None,
+) -> tuple[Array, Array]:
+    """A whole layer where has_whole_layers said so: norms, products, rope, paged attention and both residuals.
+
+    x: [T, D]; parts: name -> array, as jax_models.decoder.Layer takes them; cos, sin: f32 [T, R / 2], None without
+    rope; cache: [L, P, 2, K, page, H], donated. -> ([T, D], cache).
+    """
+    return cpu_layer.decoder_layer(
+        x,
+        parts,
+        cos,
+        sin,
+        cache,
+        layer_index,
+        page_table=work.page_table,
+        query_starts=work.query_starts,
+        num_new=work.num_new,
+        num_computed=work.num_computed,
+        num_rows=work.num_rows,
+        write_page=work.write_page,
+        write_offset=work.write_offset,
+        num_heads=num_heads,
+        activation=activation,
+        eps=eps,
+        offset=offset,
         scale=scale,
         window=window,
         logit_cap=logit_cap,

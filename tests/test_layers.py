@@ -445,7 +445,8 @@ def arguments_of(function: ast.FunctionDef) -> tuple[str, ...]:
 
 # Files of the twin folders that are no twin -> why.
 UNPAIRED = {
-    "torch_models/fused.py": "the twins' own layer in a GPU's fused launches; XLA fuses by itself",
+    "torch_models/fused.py": "the twins' own layer in a GPU's fused launches",
+    "jax_models/fused.py": "the same for a few tokens on a CPU: a layer is one C++ call",
 }
 
 # flax.nnx calls a module, torch.nn asks for forward.

@@ -18,7 +18,8 @@ from backends.jax.tables import Rows, advance, set_pages
 from engine.specs.arch import ArchSpec
 from engine.specs.cache import CacheLayout
 from jax_models.decoder import Decoder
-from pallas_kernels.dispatch import Work
+from jax_models.fused import FusedDecoder
+from pallas_kernels.dispatch import Work, has_whole_layers
 
 HEAD_ROWS = 8
 """Rows of logits computed together on a CPU; padding costs no more than a block."""
@@ -55,7 +56,7 @@ def forward(
     flag of bad token ids, for all rows.
     """
     step = unpack(packed, shape)
-    decoder = Decoder(traits.arch, params, traits.max_model_len)
+    decoder = make_decoder(params, traits, shape.tokens)
     for group in range(shape.groups):
         rows = set_pages(rows, group, *(step[f"delta_{part}{group}"] for part in ("slots", "columns", "pages")))
     start = jnp.minimum(step["num_computed"], rows.length[step["slots"]])  # the device's length is the truth
@@ -73,6 +74,16 @@ def forward(
     target = jnp.where(step["greedy"] != 0, step["logit_slots"], traits.null_slot)
     rows = advance(rows, target, tokens)
     return caches, rows, logits, hidden, jnp.stack([tokens, broken.astype(jnp.int32), bad])
+
+
+def make_decoder(params: dict[str, Any], traits: Traits, tokens: int) -> Decoder:
+    """The decoder, in whole-layer calls where they are made for so few tokens."""
+    dtype = params["embed"].dtype.name
+    whole = all(
+        has_whole_layers(kernel, tokens, group.spec.head_size, dtype)
+        for kernel, group in zip(traits.kernels, traits.layout.groups, strict=True)
+    )
+    return (FusedDecoder if whole else Decoder)(traits.arch, params, traits.max_model_len)
 
 
 def check_ids(step: dict[str, Array], rows: Rows, valid: Array, vocab_size: int) -> tuple[Array, Array]:

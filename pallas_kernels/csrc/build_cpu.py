@@ -17,10 +17,19 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-KERNELS = ("cpu_attention_kernel.cc", "cpu_linear_kernel.cc")  # compiled once per instruction set
-ENTRIES = ("cpu_attention.cc", "cpu_linear.cc")
-SOURCES = ("cpu_vector.h", "cpu_pool.h", "cpu_attention.h", "cpu_linear.h", *KERNELS, *ENTRIES)
-BUILDS = {"base": ("x86-64-v2", 4), "v3": ("x86-64-v3", 8), "v4": ("x86-64-v4", 16)}  # name: (-march, lanes)
+KERNELS = (
+    "cpu_attention_kernel.cc",
+    "cpu_linear_kernel.cc",
+    "cpu_layer_kernel.cc",
+)  # compiled once per instruction set
+ENTRIES = ("cpu_attention.cc", "cpu_linear.cc", "cpu_layer.cc")
+SOURCES = ("cpu_vector.h", "cpu_pool.h", "cpu_attention.h", "cpu_linear.h", "cpu_layer.h", *KERNELS, *ENTRIES)
+BUILDS = {  # name: (lanes, flags)
+    "base": (4, ("-march=x86-64-v2",)),
+    "v3": (8, ("-march=x86-64-v3",)),
+    "v4": (16, ("-march=x86-64-v4",)),
+    "v4dot": (16, ("-march=x86-64-v4", "-mavx512bf16", "-DTWINFER_DOT")),
+}
 
 
 def source_digest() -> str:
@@ -44,8 +53,8 @@ def build(output: Path) -> None:
     flags += ["-ffp-contract=fast", "-fno-trapping-math"]
     with tempfile.TemporaryDirectory() as folder:
         objects = []
-        for name, (march, lanes) in BUILDS.items():
-            options = [f"-march={march}", "-mprefer-vector-width=512", f"-DTWINFER_ISA={name}"]
+        for name, (lanes, extra) in BUILDS.items():
+            options = [*extra, "-mprefer-vector-width=512", f"-DTWINFER_ISA={name}"]
             for kernel in KERNELS:
                 objects.append(f"{folder}/{kernel}-{name}.o")
                 command = ["g++", *flags, *options, f"-DTWINFER_LANES={lanes}", "-c", str(HERE / kernel)]

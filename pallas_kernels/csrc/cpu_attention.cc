@@ -107,7 +107,7 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, f
   if (!type_of(q.element_type(), call.q_type) || !type_of(cache.element_type(), call.cache_type))
     return ffi::Error::InvalidArgument("float32 or bfloat16 only");
   call.heads = dims[1], call.head_size = dims[2], call.kv_heads = pages[3], call.page_tokens = pages[4];
-  call.num_pages = pages[1];
+  call.num_pages = pages[1], call.q_heads = call.heads;
   if (call.head_size % 16 || call.head_size > 256) return ffi::Error::InvalidArgument("head size must be 16 i <= 256");
   const int64_t layer_elements = pages[1] * pages[2] * pages[3] * pages[4] * pages[5];
   const int64_t element_bytes = call.cache_type == Type::kF32 ? 4 : 2;

@@ -18,6 +18,7 @@ struct Call {
   Type q_type, cache_type;
   int64_t heads, kv_heads, head_size, page_tokens, max_pages;
   int64_t num_pages;
+  int64_t q_heads;  // heads from one token of q to the next: N, or more where keys and values lie beside
   int64_t window;  // 0 = none
   float scale;
   float logit_cap;  // 0 = none

@@ -16,27 +16,6 @@ constexpr float kNever = -1e30f;  // finite: a block of masked keys alone gives 
 constexpr int kMaxHead = 256;
 constexpr int kGroupQueries = 8 * kTileTokens;  // most queries (tokens x heads of the group) attended together
 
-// exp(x) for x <= 0, relative error below 2e-7: 2^n * p(r), r = x - n ln 2 (Cody-Waite), p of degree 6.
-inline Vec exp(Vec x) {
-  const Vec low = splat(-87.0f);
-  IVec under = x < low;
-  x = under ? low : x;
-  Vec shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low mantissa bits
-  IVec n = reinterpret_cast<IVec&>(shifted) - 0x4b400000;
-  Vec whole = shifted - 12582912.0f;
-  Vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-  Vec p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  IVec power = (n + 127) << 23;
-  Vec out = p * reinterpret_cast<Vec&>(power);
-  return under ? Vec{} : out;
-}
-
 inline float capped(float x, float cap) { return cap * std::tanh(x / cap); }
 
 // Keys [begin, end) of one page for one head, at most kBlock of them, lying one after another.
@@ -175,7 +154,7 @@ void attend(const Call& call, const Item& item) {
     const int heads = std::min(piece, group - g0), queries = item.count * heads;
     const int padded = (queries + 3) / 4 * 4;
     for (int m = 0; m < queries; ++m) {
-      int64_t at = (int64_t(item.first_token) + m / heads) * call.heads + item.kv_head * group + g0 + m % heads;
+      int64_t at = (int64_t(item.first_token) + m / heads) * call.q_heads + item.kv_head * group + g0 + m % heads;
       const Q* source = static_cast<const Q*>(call.q) + at * size;
       for (int h = 0; h < size; ++h) q[m * size + h] = widen(source[h]) * call.scale;
     }

@@ -1,25 +1,34 @@
 // Products of a few rows with [out, in] weights on the CPU: what every build of cpu_linear_kernel.cc implements.
 //
-// cpu_linear.cc owns the jax.ffi entry and the threads; the kernel file is compiled once per instruction set and sees a
-// range of weight rows at a time.
+// cpu_linear.cc owns the jax.ffi entry and the threads, cpu_layer.cc uses the same kernels within a decoder layer; the
+// kernel file is compiled once per instruction set and sees a range of weight rows at a time.
 #pragma once
 #include <cstdint>
 
 namespace twinfer {
 
-// y = x w^T. Shapes: x [M, K] float32; w [N, K] float32, or bfloat16 as bits; y [M, N] float32, or bfloat16 as bits.
+// y = x w^T. Shapes: x [M, K], packed; w [N, K]; y [M, N] float32, its rows y_stride apart.
 struct Product {
-  const float* x;
+  const void* x;
   const void* w;
-  void* y;
-  bool narrow_w, narrow_y;  // bfloat16
-  int64_t m, n, k;
+  float* y;
+  bool narrow_w;  // bfloat16 as bits, else float32
+  int64_t m, k, y_stride;
 };
 
-// Rows [first, last) of w.
-using ProductKernel = void (*)(const Product&, int64_t first, int64_t last);
-void product_base(const Product&, int64_t, int64_t);
-void product_v3(const Product&, int64_t, int64_t);  // AVX2 and FMA
-void product_v4(const Product&, int64_t, int64_t);  // AVX-512
+// One build's functions. A packed x holds groups of rows, each as [K / step][rows of the group][step], padded with
+// zeros: float32, or bfloat16 where the build multiplies that and the weights are bfloat16.
+struct ProductBuild {
+  int64_t (*packed_bytes)(int64_t m, int64_t k);
+  void (*pack)(const float* x, int64_t m, int64_t k, bool narrow_w, void* packed);  // x [M, K]
+  void (*multiply)(const Product&, int64_t first, int64_t last);  // rows [first, last) of w; `first` goes to y[0]
+};
+extern const ProductBuild product_base;
+extern const ProductBuild product_v3;     // AVX2 and FMA
+extern const ProductBuild product_v4;     // AVX-512
+extern const ProductBuild product_v4dot;  // AVX-512, bfloat16 multiplied as such
+
+// Whether instructions that multiply bfloat16 beat widening it: so on AMD; Intel's take two cycles, as its widened ones.
+bool multiplies_bf16_well();
 
 }  // namespace twinfer

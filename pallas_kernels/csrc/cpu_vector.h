@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 namespace twinfer {
 namespace {
 
@@ -46,14 +50,32 @@ inline Vec fold(Vec a, Vec b) {
   return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
 }
 
+#ifdef __AVX512F__
+// Lanes of a where Mask has 0, of b where it has 1, plus the others turned by Turn: one step of a sum across lanes that
+// keeps the sums of both.
+template <int Mask, int Level>
+inline __m512 halve(__m512 a, __m512 b) {
+  const __m512 kept = _mm512_mask_blend_ps(Mask, a, b);
+  __m512 other = _mm512_mask_blend_ps(Mask, b, a);
+
+  if constexpr (Level == 2) other = _mm512_shuffle_f32x4(other, other, 0xB1);
+  if constexpr (Level == 1) other = _mm512_permute_ps(other, 0x4E);
+  if constexpr (Level == 0) other = _mm512_permute_ps(other, 0xB1);
+  return _mm512_add_ps(kept, other);
+}
+#endif
+
 // The sums over lanes of eight vectors.
 inline void sum8(const Vec* v, float* out) {
-  float lanes[kLanes];
-  if constexpr (kLanes == 16) {
-    Vec all = fold(fold(fold(v[0], v[1]), fold(v[2], v[3])), fold(fold(v[4], v[5]), fold(v[6], v[7])));
-    std::memcpy(lanes, &all, sizeof(all));
-    for (int i = 0; i < 8; ++i) out[i] = lanes[2 * i] + lanes[2 * i + 1];
-  } else if constexpr (kLanes == 8) {
+#ifdef __AVX512F__
+  __m512 a[4], b[2];
+  for (int i = 0; i < 4; ++i) a[i] = halve<0xF0F0, 2>((__m512)v[i], (__m512)v[i + 4]);
+  for (int i = 0; i < 2; ++i) b[i] = halve<0xCCCC, 1>(a[i], a[i + 2]);
+  const __m512 all = halve<0xAAAA, 0>(b[0], b[1]);
+  const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(all), 1));
+  _mm256_storeu_ps(out, _mm256_add_ps(_mm512_castps512_ps256(all), high));
+#else
+  if constexpr (kLanes == 8) {
     Vec all = fold(fold(fold(v[0], v[1]), fold(v[2], v[3])), fold(fold(v[4], v[5]), fold(v[6], v[7])));
     std::memcpy(out, &all, sizeof(all));
   } else {
@@ -62,6 +84,7 @@ inline void sum8(const Vec* v, float* out) {
       std::memcpy(out + 4 * half, &all, sizeof(all));
     }
   }
+#endif
 }
 
 inline float sum(Vec v) {
@@ -70,6 +93,27 @@ inline float sum(Vec v) {
   for (int half = kLanes / 2; half; half /= 2)
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   return lanes[0];
+}
+
+// exp(x) for x <= 0, relative error below 2e-7: 2^n * p(r), r = x - n ln 2 (Cody-Waite), p of degree 6.
+inline Vec exp(Vec x) {
+  const Vec low = splat(-87.0f);
+  IVec under = x < low;
+  x = under ? low : x;
+  Vec shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low mantissa bits
+  IVec n = reinterpret_cast<IVec&>(shifted) - 0x4b400000;
+  Vec whole = shifted - 12582912.0f;
+  Vec r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  IVec power = (n + 127) << 23;
+  Vec out = p * reinterpret_cast<Vec&>(power);
+  return under ? Vec{} : out;
 }
 
 }  // namespace
