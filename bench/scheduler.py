@@ -294,12 +294,15 @@ def events(page: int, rows: int = 256) -> dict[str, Event]:
     bench.start_rows(rows - 1, 8000)
     quiet()
     steady = Costs()
-    turns: dict[str, list[tuple[Costs, float]]] = {"admit 1k": [], "admit 8k": [], "finish": []}
+    turns: dict[str, list[tuple[Costs, float]]] = {
+        name: [] for name in ("admit 1k", "finish 1k", "admit 8k", "finish 8k")
+    }
+    rng = np.random.default_rng(0)
     key = 10**6
     for length, name in ((1024, "admit 1k"), (8192, "admit 8k")):
-        for _ in range(60):
+        for _ in range(100):
             key += 1
-            request = request_of(key, length, params_of(key, case, 6 + key % 4))
+            request = request_of(key, length, params_of(key, case, 6))
             begin = time.thread_time_ns()
             bench.scheduler.add(request)
             added = (time.thread_time_ns() - begin) / 1000
@@ -312,8 +315,8 @@ def events(page: int, rows: int = 256) -> dict[str, Event]:
                 end = Costs()
                 bench.turn(end)
             bench.turn(end)
-            turns["finish"].append((end, 0.0))
-            for _ in range(4):
+            turns[f"finish {name[-2:]}"].append((end, 0.0))
+            for _ in range(rng.integers(3, 11)):  # events fall on any turn between two allocations
                 bench.turn(steady)
     gc.unfreeze()
     return {name: measure_event(measured, steady) for name, measured in turns.items()}
@@ -399,11 +402,11 @@ def main() -> None:
                 f"nano-vllm {rows:4d} rows: median {statistics.median(ordered):.1f}  "
                 f"p99 {ordered[int(0.99 * (len(ordered) - 1))]:.1f}"
             )
-    if not options.only:
+    if not options.only or options.only == "events":
         print()
         for page in (16, 128):
             for name, event in events(page).items():
-                print(f"us an event beside 255 decoding rows, page {page:3d}: {name:8s}  {event}")
+                print(f"us an event beside 255 decoding rows, page {page:3d}: {name:9s}  {event}")
         print(f"8k prompt hashed from int32: {hashing():.1f} us")
 
 
