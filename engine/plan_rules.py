@@ -5,7 +5,7 @@ Raises InternalError: the engine makes plans, a wrong one is our own bug. Called
 
 from __future__ import annotations
 
-from engine.errors import check
+from engine.errors import check, fail
 from engine.runner import RunnerConfig
 from engine.step import StepPlan
 
@@ -35,7 +35,8 @@ def check_plan(plan: StepPlan, config: RunnerConfig) -> None:
         check(0 <= scored.num_top <= limit, f"{step}: {scored.num_top} prompt logprobs, the limit is {limit}")
     if plan.num_rows:
         slots, longest = plan.slots, int((plan.num_computed + plan.num_new).max())
-        check(slots.min() >= 0 and slots.max() < config.max_slots, f"{step}: slots {slots.tolist()}")
+        if slots.min() < 0 or slots.max() >= config.max_slots:
+            fail(f"{step}: slots {slots.tolist()}, expected [0, {config.max_slots})")
         check(longest <= config.max_model_len, f"{step}: a row of {longest}, the limit is {config.max_model_len}")
 
 

@@ -167,7 +167,8 @@ class Runner:
         uses = Use.NONE
         if plan.sampler is Sampler.FULL or plan.late_mask:
             uses = Use(int(np.bitwise_or.reduce(self._uses[slots], initial=0)))
-        plan = private(plan)
+        if self._device.type == "cpu" or not all(step.ended for step in self._steps):
+            plan = private(plan)  # its forward runs after submit has returned
         step = Step(
             step_id=plan.step_id,
             plan=plan,

@@ -21,7 +21,7 @@ class Step:
     """Equal only to itself: it is its own handle."""
 
     step_id: int
-    plan: StepPlan  # scalars and private copies only are read after submit
+    plan: StepPlan  # after submit only scalars are read, and copies of what a late forward needs
     sampling_rows: I32
     uses: Use
     poisoned: I32
