@@ -4,7 +4,7 @@ Always true: every page except the null page is in exactly one of three places: 
 some units keyed, in the eviction ring) or blank (no refs, no keys, on the stack). Pages are given out blank first, then
 in the order in which they became unreferenced; nothing here touches a Python object per page.
 
-The ring holds (page, stamp) entries and is never searched: a page that is taken back out of it gets another stamp,
+The ring is never searched: each page knows its place in it, and one that is taken back out of it forgets that place,
 which makes its entry stale; stale entries are dropped when the head reaches them or when the ring is compacted.
 """
 
@@ -31,11 +31,10 @@ class PagePool:
         self._num_blank = num_pages - 1
         # twice the pages: after compaction at least num_pages entries are free, more than any release can push
         self._ring = np.zeros(2 * num_pages, np.int32)
-        self._ring_stamps = np.zeros(2 * num_pages, np.int64)
+        self._places = np.arange(1, 2 * num_pages + 1)  # 1 + index of each entry
         self._head = 0  # live and stale entries stand in [head, tail)
         self._tail = 0
-        self._stamp = np.zeros(num_pages, np.int64)  # [P] 0 = not in the ring
-        self._clock = 0
+        self._place = np.zeros(num_pages, np.int64)  # [P] 1 + index of the page's entry, 0 = not in the ring
         self._num_cached = 0
         self._scratch = np.zeros(num_pages, np.int32)
 
@@ -68,8 +67,8 @@ class PagePool:
             window = slice(self._head, min(self._head + left, self._tail))
             pages = self._ring[window]
             check(len(pages) > 0, "the eviction ring ran dry before its count did")
-            live = pages[self._stamp[pages] == self._ring_stamps[window]]
-            self._stamp[live] = 0
+            live = pages[self._place[pages] == self._places[window]]
+            self._place[live] = 0
             self._head = window.stop
             found.append(live)
             left -= len(live)
@@ -80,8 +79,8 @@ class PagePool:
         """One more hold on each of `pages` (distinct): cached ones leave the ring."""
         cached = pages[self.refs[pages] == 0]
         if len(cached):
-            check((self._stamp[cached] != 0).all(), "a blank page cannot be shared")
-            self._stamp[cached] = 0
+            check((self._place[cached] != 0).all(), "a blank page cannot be shared")
+            self._place[cached] = 0
             self._num_cached -= len(cached)
         self.refs[pages] += 1
 
@@ -137,35 +136,30 @@ class PagePool:
         if self._tail + count > len(self._ring):
             self._compact()
         end = self._tail + count
-        stamps = self._ring_stamps[self._tail : end]
-        stamps[:] = np.arange(self._clock + 1, self._clock + count + 1)
-        self._clock += count
-        self._stamp[cached] = stamps
+        self._place[cached] = self._places[self._tail : end]
         self._ring[self._tail : end] = cached
         self._tail = end
         self._num_cached += count
 
     def _compact(self) -> None:
-        pages = self._ring[self._head : self._tail]
-        stamps = self._ring_stamps[self._head : self._tail]
-        live = self._stamp[pages] == stamps
-        count = int(np.count_nonzero(live))
-        self._ring[:count], self._ring_stamps[:count] = pages[live], stamps[live]
+        live = self.eviction_order()
+        count = len(live)
+        self._ring[:count], self._place[live] = live, self._places[:count]
         self._head, self._tail = 0, count
 
     def lost_keys(self, pages: I32) -> None:
         """`pages` (distinct) have no key left: those that were cached become blank."""
-        blank = pages[self._stamp[pages] != 0]
+        blank = pages[self._place[pages] != 0]
         if len(blank):
-            self._stamp[blank] = 0
+            self._place[blank] = 0
             self._num_cached -= len(blank)
             self._blank[self._num_blank : self._num_blank + len(blank)] = blank
             self._num_blank += len(blank)
 
     def eviction_order(self) -> I32:
-        """Cached pages, the next to be evicted first. For tests."""
+        """Cached pages, the next to be evicted first."""
         pages = self._ring[self._head : self._tail]
-        live: I32 = pages[self._stamp[pages] == self._ring_stamps[self._head : self._tail]]
+        live: I32 = pages[self._place[pages] == self._places[self._head : self._tail]]
         return live
 
     def check_integrity(self) -> None:

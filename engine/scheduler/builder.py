@@ -6,6 +6,8 @@ compute. So a step looks one by one at the few others alone, and a decode step b
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from engine.scheduler.budget import ChosenRows
@@ -17,6 +19,16 @@ from engine.scheduler.steady import SteadyRows, no_rows_steady
 from engine.step import I32, I64, Bucket, Sampler, StepPlan
 
 
+@dataclass(slots=True)
+class Begins:
+    """Rows of the last plan that were not steady: some begin to be. choice: what choose_sampler says of `sampling`."""
+
+    rows: ChosenRows
+    sampling: I64  # rows of the plan
+    opened: list[tuple[int, int]]
+    choice: tuple[Sampler, int]
+
+
 class PlanBuilder:
     def __init__(self, state: State) -> None:
         self._state = state
@@ -24,21 +36,26 @@ class PlanBuilder:
         self.steady: SteadyRows = no_rows_steady()
         self._others: list[int] | None = []  # slots in order; None = look at every running row
         self._full: set[int] = set()  # slots taken out of `steady` whose tenancy lasts
+        self._begins: Begins | None = None  # what `settle` has to do
         self._bucket = (-1, -1, Bucket(tokens=0, rows=0))  # tokens, rows, their bucket: that of the last plan
         self._on_device: set[int] = set()  # slots that a plan has opened and none has closed
 
     def steady_rows(self) -> ChosenRows:
         """The rows that go on from the last step, one token on."""
+        self.settle()
         state = self._state
-        left = [slot for slot in state.left if slot not in self._full]
-        if left and self._others:
-            entries = state.table.entries
-            self._others = [slot for slot in self._others if entries[slot] is not None]
-        if left or self.steady.turns_left <= 0:
-            self.steady, full = self.steady.kept(state.table)
-            self._full.update(full.tolist())
-        self._full.difference_update(state.left)
+        if state.left:
+            self._forget(state.left)
         return self.steady.next(self._ring.ones)
+
+    def _forget(self, left: list[int]) -> None:
+        """Rows that are not there any more."""
+        if not self._full.issuperset(left):
+            self._cut()
+            if self._others:
+                entries = self._state.table.entries
+                self._others = [slot for slot in self._others if entries[slot] is not None]
+        self._full.difference_update(left)
 
     def other_slots(self) -> I64:
         """Running rows that `steady_rows` did not give and that may have tokens to compute, in order."""
@@ -60,8 +77,9 @@ class PlanBuilder:
         sampler, num_logprobs = self.steady.sampler, self.steady.num_logprobs
         if count > num_steady:
             num_tokens += int(np.add.reduce(rows.new[num_steady:]))
-            others = self._sort_out(rows, sampling, opened)
-            sampler, num_logprobs = max(sampler, others[0]), max(num_logprobs, others[1])
+            begins = Begins(rows, sampling, opened, choose_sampler(table, rows.slots[sampling]))
+            sampler, num_logprobs = max(sampler, begins.choice[0]), max(num_logprobs, begins.choice[1])
+            self._begins = begins
         copies, held = state.kv.take_copies()
         scores, scored = score_prompts(table, rows)
         state.counters.steps += 1
@@ -86,24 +104,34 @@ class PlanBuilder:
         )
         return InFlight(plan, rows.slots, held, [], scored)
 
-    def _sort_out(self, rows: ChosenRows, sampling: I64, opened: list[tuple[int, int]]) -> tuple[Sampler, int]:
-        """Rows that sample go on by themselves from now on; the others are looked at again.
+    def settle(self) -> None:
+        """Make the next step's rows out of the last plan's: while the device works, or else when they are wanted."""
+        if self._begins is not None:
+            self._sort_out(self._begins)
+            self._begins = None
+        if self.steady.turns_left <= 0:
+            self._cut()
 
-        -> what choose_sampler says of those that sample for the first time.
-        """
+    def _cut(self) -> None:
+        """Take out steady rows that have left or are full."""
+        self.steady, full = self.steady.kept(self._state.table)
+        self._full.update(full.tolist())
+
+    def _sort_out(self, begins: Begins) -> None:
+        """Rows that sample go on by themselves from now on; the others are looked at again."""
+        rows, sampling, opened = begins.rows, begins.sampling, begins.opened
         sampled = rows.slots[sampling]
-        choice = choose_sampler(self._state.table, sampled)
         if self._others is None:
             before: list[int] = self._state.running.slots.tolist()
         else:
             before = self._others + [slot for slot, _ in opened]
         gone = set(sampled.tolist())
-        others = [slot for slot in before if slot not in gone]
+        entries = self._state.table.entries
+        others = [slot for slot in before if slot not in gone and entries[slot] is not None]
         if opened and len(others) > 1:
             others.sort(key=lambda slot: self._state.table.entry(slot).order)
         self._others = others
-        self.steady = self.steady.joined(self._state.table, self._state.kv, sampled, rows.ends[sampling], choice)
-        return choice
+        self.steady = self.steady.joined(self._state.table, self._state.kv, sampled, rows.ends[sampling], begins.choice)
 
     def _choose_bucket(self, num_tokens: int, num_rows: int) -> Bucket:
         tokens, rows, bucket = self._bucket
@@ -127,6 +155,7 @@ class PlanBuilder:
     def check_integrity(self) -> None:
         """The kept rows equal those that the tables name. Raises InternalError."""
         state = self._state
+        self.settle()
         if self._others is None:
             return
         self.steady.check_integrity(state.table, state.kv, state.running.slots)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from engine.errors import ConfigError
@@ -69,10 +70,8 @@ def check_buckets(name: str, buckets: tuple[int, ...], largest: int) -> None:
 
 
 def smallest_fit(buckets: tuple[int, ...], size: int) -> int:
-    for bucket in buckets:
-        if bucket >= size:
-            return bucket
-    return size
+    at = bisect_left(buckets, size)
+    return buckets[at] if at < len(buckets) else size
 
 
 def choose_bucket(config: SchedulerConfig, num_tokens: int, num_rows: int) -> Bucket:

@@ -192,7 +192,11 @@ class Scheduler:
     # -- results -------------------------------------------------------------------------------------------------------
 
     def commit_keys(self) -> None:
-        """Key what submitted steps compute of prompts, and some of what is generated. Called while the device works."""
+        """Work that the next step wants done, while the device works on this one.
+
+        Keys what submitted steps compute of prompts, and some of what is generated.
+        """
+        self._builder.settle()
         known = self.state.prefix.commit_known()
         if known and self.in_flight:
             # whichever of them computes it: a step that fails takes those behind it along

@@ -84,7 +84,7 @@ def apply_result(table: RowTable, flight: InFlight, result: StepResult) -> Appli
     columns = append_tokens(table, slots, tokens)
     if result.logprobs is not None:
         columns.logprobs = select_logprobs(result.logprobs, rows, result.tokens.shape[1])
-    finished = slots[columns.finish != 0].tolist() if np.count_nonzero(columns.finish) else []
+    finished = slots[columns.finish.nonzero()[0]].tolist() if np.count_nonzero(columns.finish) else []
     return Applied(columns, finished, failed)
 
 
@@ -125,7 +125,7 @@ def append_tokens(table: RowTable, slots: I64, tokens: I32) -> StepColumns:
     finish *= LENGTH
     stop_token = np.full(count, -1, np.int32)
     # an id at which some running row stops: few tokens get here, and those are looked at one by one
-    for i in np.flatnonzero(table.stop_refs.take(tokens)).tolist():
+    for i in table.stop_refs.take(tokens).nonzero()[0].tolist():
         slot, token = int(slots[i]), int(tokens[i])
         if token in table.stop_sets[slot] and at[i] >= table.min_total[slot]:
             finish[i] = FinishReason.STOP
