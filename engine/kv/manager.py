@@ -88,6 +88,13 @@ class KVManager:
     def num_free(self) -> list[int]:
         return [pool.num_free for pool in self.pools]
 
+    def fits(self, need: Sequence[int]) -> bool:
+        """Whether so many pages are free in each pool."""
+        for pool, count in zip(self.pools, need, strict=True):  # noqa: SIM110 - all() makes a generator first: slow
+            if count > pool.num_free:
+                return False
+        return True
+
     # -- prefix hits ---------------------------------------------------------------------------------------------------
 
     def root(self, domain: bytes) -> bytes:
@@ -175,7 +182,7 @@ class KVManager:
                 parts.append((table, missing, count))
         if not parts:
             return True
-        if any(count > pool.num_free for count, pool in zip(need, self.pools, strict=True)):
+        if not self.fits(need):
             return False
         for table, (rows, counts), count in parts:
             pages = self._take(table, count)
@@ -186,26 +193,26 @@ class KVManager:
     def grow_row(self, slot: int, end: int) -> bool:
         """`grow` of one row, over plain numbers."""
         need = [0] * len(self.pools)
-        counts = [table.row_missing(slot, end) for table in self.tables]
-        for table, count in zip(self.tables, counts, strict=True):
-            need[table.pool_id] += count
-        if any(count > pool.num_free for count, pool in zip(need, self.pools, strict=True)):
+        for table in self.tables:
+            need[table.pool_id] += table.row_missing(slot, end)
+        if not self.fits(need):
             return False
-        for table, count in zip(self.tables, counts, strict=True):
+        for table in self.tables:
+            count = table.row_missing(slot, end)
             if count:
                 self._pending.deltas[table.group].append(table.append_row(slot, self._take(table, count)))
         return True
 
     def has_spare(self, num_rows: int) -> bool:
         """Whether pages are so plenty that rows may take them some turns before they need them."""
-        return all(
-            pool.num_free >= 2 * num_rows * len(sharing)  # two pages a row and group
-            for pool, sharing in zip(self.pools, self._sharing, strict=True)
-        )
+        return self.fits([2 * num_rows * len(sharing) for sharing in self._sharing])  # two a row and group
 
     def holds(self, slot: int, end: int) -> bool:
         """Whether a row has the pages of its tokens up to `end` in every group."""
-        return all(table.capacity.item(slot) >= end for table in self.tables)
+        for table in self.tables:  # noqa: SIM110 - as above
+            if table.capacity.item(slot) < end:
+                return False
+        return True
 
     def hold(self, slots: I64, ends: I32) -> bool:
         """Whether every row has the pages of its tokens up to its end in every group."""

@@ -28,6 +28,7 @@ class PrefixKeys:
         self._kv = kv
         self._enabled = enabled
         self._unit = kv.unit_tokens
+        self._root = (-1, b"", b"")  # epoch, domain, their root key: most requests share the last one's
         # key of a known unit that is hashed and not keyed yet -> slot of the first to compute it
         self.computing: dict[bytes, int] = {}
         self._prefilling: dict[int, UnitChain] = {}  # slot -> its known units, until all are keyed
@@ -42,8 +43,10 @@ class PrefixKeys:
         if chain is None or entry.epoch != self._kv.epoch:
             request = entry.request
             domain = request.domain if self._enabled else request.domain + b"/n>1/%d" % (request.parent or 0)
-            chain = entry.unit_keys = UnitChain(self._kv.root(domain), request.all_tokens(), self._unit)
             entry.epoch = self._kv.epoch
+            if self._root[:2] != (entry.epoch, domain):
+                self._root = (entry.epoch, domain, self._kv.root(domain))
+            chain = entry.unit_keys = UnitChain(self._root[2], request.all_tokens(), self._unit)
         return chain
 
     def opened(self, slot: int, entry: Entry, num_hit_units: int) -> None:

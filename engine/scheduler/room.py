@@ -79,10 +79,10 @@ class Room:
         if self.reads_cache(entry):
             keys, most = state.prefix.keys(entry), self.max_hit_units(entry)
             hit = state.kv.find(keys, most)
-            if hit is not None and not self._fits(hit, target, free) and any(g.partial for g in hit.groups):
+            if hit is not None and any(g.partial for g in hit.groups) and not self._fits(hit, target):
                 # a partial copy holds one page more than the row itself will
                 hit = state.kv.find(keys, most, partial=False)
-        if not self._fits(hit, target, free):
+        if not self._fits(hit, target):
             self._blocked = (entry, free)
             return None
         return Opening(entry, hit)
@@ -98,7 +98,7 @@ class Room:
         slots = np.array(state.reserving, np.int64)
         return state.kv.reserved(slots, state.table.reserve_to[slots])
 
-    def _fits(self, hit: Hit | None, num_tokens: int, free: list[int]) -> bool:
+    def _fits(self, hit: Hit | None, num_tokens: int) -> bool:
         state = self._state
         need = state.kv.admission_need(hit, num_tokens)
         if len(state.running):
@@ -106,4 +106,4 @@ class Room:
             for i, pool in enumerate(state.kv.pools):
                 # running rows are about to grow: leave some room, or what begins now is preempted at once
                 need[i] += reserved[i] + min(len(state.running), pool.num_pages // 64)
-        return all(n <= f for n, f in zip(need, free, strict=True))
+        return state.kv.fits(need)
