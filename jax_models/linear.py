@@ -9,12 +9,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.dispatch import linear_f32
+from pallas_kernels import dispatch
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """x @ weight.T + bias, of x's dtype. x: [T, I]; weight: [O, I]; bias: [O]."""
-    out = linear_f32(x, weight)
-    if bias is not None:
-        out = out + bias.astype(jnp.float32)
-    return out.astype(x.dtype)
+    if bias is None:
+        return dispatch.linear(x, weight)
+    return (dispatch.linear_f32(x, weight) + bias.astype(jnp.float32)).astype(x.dtype)

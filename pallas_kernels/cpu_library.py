@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-TARGETS = ("twinfer_cpu_attention", "twinfer_cpu_linear", "twinfer_cpu_layer")
+TARGETS = ("twinfer_cpu_attention", "twinfer_cpu_linear", "twinfer_cpu_gemm", "twinfer_cpu_layer")
 
 
 @cache

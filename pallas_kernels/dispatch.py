@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels import cpu_attention, cpu_layer, cpu_linear
+from pallas_kernels import cpu_attention, cpu_gemm, cpu_layer, cpu_linear
 from pallas_kernels import paged_attention as plain
 from pallas_kernels.cpu_library import library
 
@@ -42,6 +43,18 @@ class Work:
     num_tiles: Array  # i32 []
 
 
+def linear(x: Array, weight: Array) -> Array:
+    """x @ weight.T of x's dtype, rounded once. x: [M, K]; weight: [N, K]."""
+
+    def plain_linear(x: Array, weight: Array) -> Array:
+        return linear_f32(x, weight).astype(x.dtype)
+
+    if cpu_gemm.available(x, weight):
+        narrow = partial(cpu_gemm.gemm, dtype=x.dtype)
+        return lax.platform_dependent(x, weight, cpu=narrow, default=plain_linear)
+    return plain_linear(x, weight)
+
+
 def linear_f32(x: Array, weight: Array) -> Array:
     """x @ weight.T, f32 [M, N]. x: [M, K]; weight: [N, K]."""
 
@@ -51,6 +64,9 @@ def linear_f32(x: Array, weight: Array) -> Array:
 
     if cpu_linear.available(x, weight):
         return lax.platform_dependent(x, weight, cpu=cpu_linear.linear, default=plain_linear)
+    if cpu_gemm.available(x, weight):
+        wide = partial(cpu_gemm.gemm, dtype=jnp.float32)
+        return lax.platform_dependent(x, weight, cpu=wide, default=plain_linear)
     return plain_linear(x, weight)
 
 

@@ -22,13 +22,16 @@ KERNELS = (
     "cpu_linear_kernel.cc",
     "cpu_layer_kernel.cc",
 )  # compiled once per instruction set
-ENTRIES = ("cpu_attention.cc", "cpu_linear.cc", "cpu_layer.cc")
-SOURCES = ("cpu_vector.h", "cpu_pool.h", "cpu_attention.h", "cpu_linear.h", "cpu_layer.h", *KERNELS, *ENTRIES)
+BLOCK_KERNELS = ("cpu_gemm_kernel.cc", "cpu_prefill_kernel.cc")  # these for AMX as well
+ENTRIES = ("cpu_attention.cc", "cpu_linear.cc", "cpu_layer.cc", "cpu_gemm.cc", "cpu_isa.cc")
+HEADERS = ("vector", "pool", "attention", "linear", "layer", "isa", "block", "gemm", "prefill")
+SOURCES = (*(f"cpu_{name}.h" for name in HEADERS), *KERNELS, *BLOCK_KERNELS, *ENTRIES)
 BUILDS = {  # name: (lanes, flags)
     "base": (4, ("-march=x86-64-v2",)),
     "v3": (8, ("-march=x86-64-v3",)),
     "v4": (16, ("-march=x86-64-v4",)),
     "v4dot": (16, ("-march=x86-64-v4", "-mavx512bf16", "-DTWINFER_DOT")),
+    "amx": (16, ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16")),
 }
 
 
@@ -55,7 +58,7 @@ def build(output: Path) -> None:
         objects = []
         for name, (lanes, extra) in BUILDS.items():
             options = [*extra, "-mprefer-vector-width=512", f"-DTWINFER_ISA={name}"]
-            for kernel in KERNELS:
+            for kernel in BLOCK_KERNELS if name == "amx" else KERNELS + BLOCK_KERNELS:
                 objects.append(f"{folder}/{kernel}-{name}.o")
                 command = ["g++", *flags, *options, f"-DTWINFER_LANES={lanes}", "-c", str(HERE / kernel)]
                 subprocess.run([*command, "-o", objects[-1]], check=True)

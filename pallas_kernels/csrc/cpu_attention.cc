@@ -10,6 +10,7 @@
 
 #include "cpu_attention.h"
 #include "cpu_pool.h"
+#include "cpu_prefill.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -26,9 +27,19 @@ Kernel choose_kernel() {
   return attend_base;
 }
 
+}  // namespace
+
+Kernel choose_prefill(Type q_type, Type cache_type, Isa isa) {
+  static constexpr Kernel kernels[] = {prefill_base, prefill_v3, prefill_v4, prefill_v4dot, prefill_amx};
+  if (isa > Isa::kV4 && (q_type != Type::kBf16 || cache_type != Type::kBf16)) isa = Isa::kV4;
+  return kernels[int(isa)];
+}
+
+namespace {
+
 struct Shared {
   Call call;
-  Kernel kernel;
+  Kernel kernel, prefill;
   std::vector<Item> items;
   std::atomic<size_t> next{0}, done{0};
 
@@ -36,7 +47,8 @@ struct Shared {
     for (;;) {
       size_t i = next.fetch_add(1);
       if (i >= items.size()) return;
-      kernel(call, items[i]);
+      const bool many = is_prefill(items[i].count, call.heads / call.kv_heads);
+      (many ? prefill : kernel)(call, items[i]);
       done.fetch_add(1, std::memory_order_release);
     }
   }
@@ -124,8 +136,11 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, f
   for (int64_t r = 0; r < live; ++r) {
     const int32_t start = query_starts.typed_data()[r], computed = num_computed.typed_data()[r];
     const int32_t count = int32_t(std::min<int64_t>(num_new.typed_data()[r], tokens - start));
-    for (int32_t at = 0; at < count; at += kTileTokens) {
-      const int32_t tile = std::min(kTileTokens, count - at);
+    const int64_t group = call.heads / call.kv_heads;
+    const int32_t most = is_prefill(count, group) ? int32_t(prefill_tile(group)) : kTileTokens;
+    for (int32_t at = std::max(0, count - 1) / most * most; at >= 0; at -= most) {  // the longest first
+      const int32_t tile = std::min(most, count - at);
+      if (tile <= 0) break;
       for (int32_t head = 0; head < call.kv_heads; ++head)
         shared->items.push_back({int32_t(r), head, start + at, tile, computed + at});
       int64_t keys = computed + at + tile;
@@ -140,6 +155,7 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, f
 
   static const Kernel kernel = choose_kernel();
   shared->kernel = kernel;
+  shared->prefill = choose_prefill(call.q_type, call.cache_type, chosen_isa());
   const size_t count = shared->items.size();
   if (work > kInlineWork && count > 1) {
     const int64_t helpers = std::min<int64_t>(pool.num_threads() - 1, int64_t(count) - 1);
