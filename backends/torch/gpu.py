@@ -18,7 +18,7 @@ from backends.torch.results import Outcome
 from backends.torch.sample import argmax
 from backends.torch.step import Loaded, Step
 from cuda_kernels import compiles
-from cuda_kernels.attention_ragged import make_work
+from cuda_kernels.attention_ragged import make_work, query_tile
 from cuda_kernels.gpu_attention import GpuWork
 from engine.opened import Use
 from engine.runner import Progress
@@ -120,10 +120,10 @@ class GpuSteps(EagerSteps):
         starts = np.array([*batch.starts, len(batch.token_ids)], np.int32)
         numbers = tables.to_device(np.concatenate([starts, num_new + np.array(batch.num_computed, np.int32)]))
         query_starts, lengths = numbers.split([len(starts), len(num_new)])
-        tiles = make_work(num_new, tables.device)
         slots = batch.slots.int()
         works = []
         for group, pages in zip(layout.groups, tables.pages, strict=True):
+            mixer = self._loaded.config.arch.layers[group.spec.layers[0]].mixer
             page = pages[batch.slots[batch.token_rows], batch.index // group.page_tokens]
             works.append(
                 GpuWork(
@@ -133,7 +133,7 @@ class GpuSteps(EagerSteps):
                     workspace=self._graphs.workspace,
                     query_starts=query_starts,
                     write_at=page * group.page_tokens + batch.index % group.page_tokens,
-                    tiles=tiles,
+                    tiles=make_work(num_new, query_tile(mixer.num_heads, mixer.num_kv_heads), tables.device),
                 )
             )
         return works
