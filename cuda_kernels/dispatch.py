@@ -33,7 +33,7 @@ class Work:
     num_new: Sequence[int]  # [S]
     num_computed: Sequence[int]  # [S] tokens in the cache before this step
     write_at: Tensor  # i64 [T] page * page_tokens + offset of each token
-    decodes: tuple[plain.Gather, ...]  # rows with one new token, rows of like length together
+    decodes: tuple[plain.Gather | plain.Span, ...]  # rows with one new token, those that are gathered in groups
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

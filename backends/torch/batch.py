@@ -13,7 +13,7 @@ from torch import Tensor
 
 from backends.torch.tables import Tables
 from cuda_kernels.dispatch import Work
-from cuda_kernels.paged_attention import decode_groups, gathers
+from cuda_kernels.paged_attention import decode_groups, gathers, spans
 from engine.specs.cache import CacheLayout
 from engine.step import StepPlan, query_starts
 
@@ -58,10 +58,14 @@ def pack(plan: StepPlan, tables: Tables) -> Batch:
 def works_of(batch: Batch, tables: Tables, layout: CacheLayout, dtype: torch.dtype) -> list[Work]:
     """The attention work of each group. dtype: of the activations."""
     device = batch.slots.device
-    together = decode_groups(batch.starts, batch.num_new, batch.num_computed, device)
+    rows = (batch.starts, batch.num_new, batch.num_computed)
     works = []
     for group, pages in zip(layout.groups, tables.pages, strict=True):
         table = pages[batch.slots]  # [S, max_pages]
+        pool = layout.pools[group.pool]
+        token_bytes = pool.page_bytes // (pool.num_layers * pool.page_tokens)
+        in_place = spans(table, *rows, group.page_tokens, group.spec.window, token_bytes)
+        others = decode_groups(*rows, device, in_place)
         page = table[batch.token_rows, batch.index // group.page_tokens]
         works.append(
             Work(
@@ -71,7 +75,7 @@ def works_of(batch: Batch, tables: Tables, layout: CacheLayout, dtype: torch.dty
                 num_new=batch.num_new,
                 num_computed=batch.num_computed,
                 write_at=page * group.page_tokens + batch.index % group.page_tokens,
-                decodes=gathers(together, table, group.page_tokens, group.spec.window, dtype),
+                decodes=(*in_place.values(), *gathers(others, table, group.page_tokens, group.spec.window, dtype)),
             )
         )
     return works
