@@ -67,6 +67,7 @@ class PlanBuilder:
         """The rows that `steady_rows` gave are not used as they are."""
         self.steady, self._others = no_rows_steady(), None
         self._full.clear()
+        self._begins = None
 
     def build(self, rows: ChosenRows, opened: list[tuple[int, int]]) -> InFlight:
         """opened: (slot, tokens computed before) of rows that begin in this step."""

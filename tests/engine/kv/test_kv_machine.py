@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from engine.errors import InternalError
 from engine.kv.manager import Hit, KeyedUnits, KVManager
 from engine.kv.page_pool import PagePool
-from engine.kv.prefix_cache import chain_keys, root_key
+from engine.kv.prefix_cache import UnitChain, chain_keys, root_key
 from tests.engine.kv.layouts import small_layout
 
 MAX_LEN = 96
@@ -64,7 +64,9 @@ class ManagerMachine(RuleBasedStateMachine):
         tokens = self.prompt(stem, length)
         keys = chain_keys(self.kv.root(domain), tokens, self.unit)
         most = (length - 1) // self.unit
-        hit = self.kv.find(keys, most, partial=partial)
+        chain = UnitChain(self.kv.root(domain), tokens, self.unit)
+        hit = self.kv.find(chain, most, partial=partial)
+        self.check_chain(chain, keys)
         step = 1 if partial else self.kv.tables[0].page_units
         assert (0 if hit is None else hit.num_units) == self.longest(keys, most, step)
         found = 0 if hit is None else hit.num_units
@@ -87,8 +89,8 @@ class ManagerMachine(RuleBasedStateMachine):
         self.rows[slot] = Row(domain, tokens, keys, self.kv.epoch, found * self.unit, found)
 
     @precondition(lambda self: self.rows)
-    @rule(data=st.data(), count=st.integers(1, 16))
-    def compute(self, data: st.DataObject, count: int) -> None:
+    @rule(data=st.data(), count=st.integers(1, 16), one=st.booleans())
+    def compute(self, data: st.DataObject, count: int, one: bool) -> None:
         """Trim, grow, write, key: what a step does to a row."""
         slot = data.draw(st.sampled_from(sorted(self.rows)))
         row = self.rows[slot]
@@ -98,9 +100,10 @@ class ManagerMachine(RuleBasedStateMachine):
         slots = np.array([slot], np.int32)
         self.kv.trim(slots, np.array([row.computed], np.int32))
         before = self.snapshot()
-        if not self.kv.grow(slots, np.array([end], np.int32)):
+        if not (self.kv.grow_row(slot, end) if one else self.kv.grow(slots, np.array([end], np.int32))):
             assert self.snapshot() == before, "P-10: a failed allocation changed something"
             return
+        assert self.kv.holds(slot, end) and self.kv.hold(slots, np.array([end], np.int32))
         for table in self.kv.tables:
             for position in range(row.computed, end):
                 page = int(table.pages[slot, position // table.page_tokens])
@@ -171,6 +174,15 @@ class ManagerMachine(RuleBasedStateMachine):
             if not any(keys[u] in index for u in places):
                 return False
         return True
+
+    def check_chain(self, chain: UnitChain, keys: list[bytes]) -> None:
+        """Keys made one by one are those made at once; a full group asks for no page beyond its first miss."""
+        if any(table.window is None for table in self.kv.tables):
+            table = next(table for table in self.kv.tables if table.window is None)
+            most = table.longest_hit(keys, len(keys), {})
+            assert len(chain.keys) <= (most // table.page_units + 1) * table.page_units
+        assert chain.keys == keys[: len(chain.keys)] and len(chain) == len(keys)
+        assert list(chain) == keys and chain[1:3] == keys[1:3]
 
     def check_hit(self, hit: Hit | None, domain: bytes, tokens: np.ndarray) -> None:
         """P-7, P-8, P-13: what is hit was written, by this chain in this domain."""
