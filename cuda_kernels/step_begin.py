@@ -75,7 +75,8 @@ def begin_decode(
             tuple(cos for cos, _ in turns), tuple(sin for _, sin in turns),
             tuple(delta[0] for delta in deltas), tuple(delta[1] for delta in deltas),
             tuple(delta[2] for delta in deltas), tuple(delta[3] for delta in deltas),
-            PAGES=tuple(table.shape[1] for *_, table in deltas), HALVES=tuple(halves), WIDTH=width, BLOCK=triton.next_power_of_2(width), SCALED=scale != 1.0,
+            PAGES=tuple(table.shape[1] for *_, table in deltas), HALVES=tuple(halves),
+            WIDTH=width, BLOCK=triton.next_power_of_2(width), SCALED=scale != 1.0,
             num_warps=min(max(block // 512, 1), 8),
         )  # fmt: skip
     return DecodeStart(ids=numbers[0], bad=bad, positions=numbers[1], lengths=numbers[2], turns=turns, x=x)

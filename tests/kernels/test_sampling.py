@@ -75,7 +75,9 @@ def test_without_broken_rows_and_lengths() -> None:
     x, slots = draw(2, 300), torch.tensor([1, 0], dtype=torch.int32, device=DEVICE)
     last, outputs = torch.zeros(3, dtype=torch.int32, device=DEVICE), torch.zeros(3, device=DEVICE, dtype=torch.int64)
     packed = torch.zeros(6, dtype=torch.int32, device=DEVICE)
-    sampling.end_decode(sampling.scan(x), slots, last, outputs, packed, torch.zeros(2, device=DEVICE, dtype=torch.int32))
+    sampling.end_decode(
+        sampling.scan(x), slots, last, outputs, packed, torch.zeros(2, device=DEVICE, dtype=torch.int32)
+    )
     assert packed.tolist() == [*x.argmax(dim=1).tolist(), 0, 0, 0, 0] and outputs.tolist() == [1, 1, 0]
     with pytest.raises(ValueError, match="for 2 rows"):
         sampling.end_decode(sampling.scan(x), slots, last, outputs, packed[:5], slots)
