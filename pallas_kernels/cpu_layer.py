@@ -1,7 +1,7 @@
 """A whole decoder layer for a few tokens on the CPU as one C++ call (csrc/cpu_layer.cc), through jax.ffi.
 
-A decode step streams its weights once; between separate operations threads would wait for each other forty times a
-layer, and XLA multiplies a few rows slowly. The library is optional: without it dispatch says that no layer fits.
+A decode step streams its weights once; with separate operations the threads are woken and waited for forty times a
+step, and XLA works alone in between. The library is optional: without it dispatch says that no layer fits.
 Letters: T tokens · D width · N query heads · K KV heads · H head size · F ffn width · R turned dims of a head.
 """
 
