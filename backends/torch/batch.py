@@ -91,5 +91,7 @@ def known_ids(batch: Batch, tables: Tables, vocab_size: int) -> tuple[Tensor, Te
 
 def rows_with(batch: Batch, flags: Tensor) -> Tensor:
     """bool [S]: rows with any flagged token. flags: bool [T]."""
+    if len(batch.starts) == len(flags):
+        return flags
     counts = torch.zeros(len(batch.starts), dtype=torch.int64, device=flags.device)
     return counts.index_add_(0, batch.token_rows, flags.long()) > 0

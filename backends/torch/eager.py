@@ -12,7 +12,7 @@ from torch import Tensor
 
 from backends.torch.batch import Batch, known_ids, pack, rows_with, works_of
 from backends.torch.results import Outcome, Scores
-from backends.torch.sample import argmax, pick, score
+from backends.torch.sample import pick, score
 from backends.torch.step import Loaded, Step
 from cuda_kernels.dispatch import copy_page
 from engine.errors import fail
@@ -76,10 +76,13 @@ class EagerSteps:
             fail(f"step {step.step_id} has not run")
         logits = outcome.logits
         plain = step.uses is Use.NONE or (plan.sampler is Sampler.GREEDY and not plan.late_mask)
-        tokens = argmax(logits) if plain else pick(logits, step.sampling_slots, step.mask, tables, step.uses)
+        if plain:
+            largest, tokens = logits.max(dim=1)  # a NaN is its row's largest, and flags the row
+        else:
+            largest, tokens = logits.amax(dim=1), pick(logits, step.sampling_slots, step.mask, tables, step.uses)
         tables.advance(step.sampling_slots, tokens)
         scores = score(logits, tokens, plan.num_logprobs) if plan.num_logprobs >= 0 else None
-        outcome.finish(tokens, scores)
+        outcome.finish(tokens, largest, scores)
 
     def update_tables(self, plan: StepPlan) -> None:
         """What a plan brings before its forward pass."""

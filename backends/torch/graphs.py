@@ -147,8 +147,8 @@ class DecodeGraphs:
     def _end(self, size: int) -> None:
         tables, logits = self._loaded.tables, self.logits[:size]
         slots = self.slots(size)
-        tokens = logits.argmax(dim=1)
-        unfit = ~(logits < torch.inf).all(dim=1)
+        largest, tokens = logits.max(dim=1)
+        unfit = ~(largest < torch.inf)
         tables.last_token[slots] = tokens
         tables.num_outputs[slots] += 1
         torch.cat([tokens.int(), unfit.int(), self.bad[:size].int()], out=self._packed[: 3 * size])

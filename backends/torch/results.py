@@ -31,10 +31,9 @@ class Outcome:
     scores: Scores | None = None
     ready: torch.cuda.Event | None = None
 
-    def finish(self, tokens: Tensor, scores: Scores | None) -> None:
-        """Begin the copy to the host."""
-        # +inf and NaN are not less than +inf; -inf is lawful
-        unfit = ~(self.logits < torch.inf).all(dim=1)
+    def finish(self, tokens: Tensor, largest: Tensor, scores: Scores | None) -> None:
+        """Begin the copy to the host. tokens: i64 [L]; largest: f32 [L] of each row's logits, NaN if any is."""
+        unfit = ~(largest < torch.inf)  # +inf and NaN are not less than +inf; -inf is lawful
         parts = [tokens, unfit.long(), self.bad.long()]
         if self.broken is not None:
             parts.append(self.broken.long())
