@@ -1,0 +1,379 @@
+"""Attention of rows with one new token each, in one Triton launch: norm, rope, cache write, split keys, merge.
+
+Called by gpu_attention.py in a CUDA graph of a decode step, and by attention_ragged.py for the one-token rows of a
+mixed step. A program has one row, one KV head (its query heads packed in one tile) and one split of the keys. How many
+splits a row uses follows from its length on the device, the others leave at once; the last one to finish merges all,
+in split order, so results do not depend on who came last. They do depend on the number of splits in the grid, thus on
+the rows of the step, unless the workspace was made with `fixed_split`.
+Page table, slots and lengths may be read before the kernel in front has finished (DEPENDENT): it must not write them.
+Letters: S rows · N query heads · K KV heads · G = N / K · H head size · R rotary size · Z splits · P pages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import cuda
+
+from cuda_kernels.rope_cache import load_turned, rotary_half, storable
+
+LOG2_E = 1.4426950408889634
+MIN_SPLITS, MAX_SPLITS = 4, 128
+SPLIT_KEYS = 256  # fewest keys worth a split of their own
+PROGRAMS_OF_SM = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workspace:
+    """Scratch of one stream's decode attention. Counters are 0 between launches."""
+
+    partials: Tensor  # f32 [max rows * splits * N * (H + 2)]
+    counters: Tensor  # i32 [max rows * N]
+    num_sms: int
+    fixed_split: int  # keys of every split; 0 = by the step's shape
+
+
+def make_workspace(
+    max_rows: int, num_heads: int, head_size: int, device: torch.device, *, fixed_split: int = 0, max_keys: int = 0
+) -> Workspace:
+    """fixed_split: keys of every split, so that a row's result is the same in any step; needs max_keys of a row."""
+    if fixed_split and not max_keys:
+        raise ValueError("fixed_split needs max_keys")
+    sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    row_splits = max(max_rows * MIN_SPLITS, sms * PROGRAMS_OF_SM)
+    if fixed_split:
+        row_splits = max_rows * triton.cdiv(max_keys, fixed_split)
+    return Workspace(
+        partials=torch.empty(row_splits * num_heads * (head_size + 2), dtype=torch.float32, device=device),
+        counters=torch.zeros(max_rows * num_heads, dtype=torch.int32, device=device),
+        num_sms=sms,
+        fixed_split=fixed_split,
+    )
+
+
+@triton.jit
+def scores_of(q, k, factor, cap, CAP: tl.constexpr):
+    """Scores in base 2 -> f32 [M, C]. q: [M, H]; k: [H, C]; factor and cap: of `score_factors`."""
+    return softcap(tl.dot(q, k, input_precision="ieee") * factor, cap, CAP)
+
+
+@triton.jit
+def softcap(s, cap, CAP: tl.constexpr):
+    if CAP:  # s comes as 2 * score / cap, and tanh(x) = 2 * sigmoid(2 x) - 1
+        s = cap * (2 * tl.sigmoid(s) - 1)
+    return s
+
+
+@triton.jit
+def key_offsets(
+    table, keys, at, end, kv_head, K: tl.constexpr, PAGE: tl.constexpr, HEAD: tl.constexpr, C: tl.constexpr
+):
+    """Offsets of keys `at + arange(C)` in a layer's pages -> i64 [C]. A tile inside one page takes one look-up."""
+    if PAGE % C == 0:
+        page = tl.load(table + at // PAGE).to(tl.int64)
+        return ((page * K + kv_head) * PAGE + at % PAGE) * HEAD + keys * HEAD
+    position = at + keys
+    page = tl.load(table + position // PAGE, mask=position < end, other=0).to(tl.int64)
+    return ((page * K + kv_head) * PAGE + position % PAGE) * HEAD
+
+
+@triton.jit
+def merge(
+    out,  # [G * H] of this row and KV head
+    partials,  # f32 [Z, G * (H + 2)]: sums, largest scores, sums of weights
+    sinks,  # f32 [G] of this KV head
+    active,
+    v_scale,
+    GROUP: tl.constexpr,
+    HEAD: tl.constexpr,
+    SINKS: tl.constexpr,
+    BLOCK_Z: tl.constexpr,
+    BLOCK_GH: tl.constexpr,
+):
+    columns = tl.arange(0, BLOCK_GH)
+    mask = columns < GROUP * HEAD
+    group = columns // HEAD
+    STRIDE: tl.constexpr = GROUP * (HEAD + 2)
+    top = tl.full([BLOCK_GH], -1e30, tl.float32)
+    weight = tl.zeros([BLOCK_GH], tl.float32)
+    total = tl.zeros([BLOCK_GH], tl.float32)
+    if SINKS:
+        top = tl.load(sinks + group, mask=mask, other=0.0).to(tl.float32) * 1.4426950408889634
+        weight += 1.0
+    for first in range(0, active, BLOCK_Z):
+        splits = first + tl.arange(0, BLOCK_Z)[:, None]
+        wanted = (splits < active) & mask[None, :]
+        base = partials + splits * STRIDE
+        sums = tl.load(base + columns[None, :], mask=wanted, other=0.0, cache_modifier=".cg")
+        tops = tl.load(base + GROUP * HEAD + group[None, :], mask=wanted, other=-1e30, cache_modifier=".cg")
+        weights = tl.load(base + GROUP * (HEAD + 1) + group[None, :], mask=wanted, other=0.0, cache_modifier=".cg")
+        higher = tl.maximum(top, tl.max(tops, 0))
+        share = tl.exp2(tops - higher[None, :])
+        kept = tl.exp2(top - higher)
+        weight = weight * kept + tl.sum(weights * share, 0)
+        total = total * kept + tl.sum(sums * share, 0)
+        top = higher
+    tl.store(out + columns, (total * v_scale / weight).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["table_stride", "num_splits"])
+def decode_kernel(
+    qkv,  # [S, (N + 2K) * H]; without NEW the finished queries [T, N, H]
+    out,  # [S, N * H]; without NEW [T, N, H]
+    k_pages,  # [P, K, page, H]
+    v_pages,
+    page_table,  # i32 [max_slots + 1, max_pages]
+    slots,  # i32 [S]
+    lengths,  # i32 [S]
+    rows,  # i32 [programs, 2] row and token of the step; without NEW only
+    cos,
+    sin,
+    q_norm,
+    k_norm,
+    sinks,  # f32 [N]
+    partials,  # f32 [S * K, Z, G * (H + 2)]
+    counters,  # i32 [S * K]
+    table_stride,
+    num_splits,  # of the grid
+    factor,  # of the scores, see softcap
+    cap,
+    eps,
+    offset,
+    k_scale,
+    v_scale,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_C: tl.constexpr,  # keys of a tile
+    BLOCK_Z: tl.constexpr,
+    BLOCK_GH: tl.constexpr,  # power of two >= G * H
+    HALF: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOW: tl.constexpr,  # 0 = none
+    SPLIT_TILES: tl.constexpr,  # fewest tiles of a split, exactly so many if FIXED
+    FIXED: tl.constexpr,
+    NEW: tl.constexpr,  # norm, rope and cache write are done here, else they have been
+    Q_NORM: tl.constexpr,
+    K_NORM: tl.constexpr,
+    CAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    ACT: tl.constexpr = qkv.dtype.element_ty
+    STORED: tl.constexpr = k_pages.dtype.element_ty
+    GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
+    kv_head, split, ticket = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = ticket
+    token = ticket
+    if not NEW:
+        row = tl.load(rows + 2 * ticket)
+        token = tl.load(rows + 2 * ticket + 1)
+    length = tl.load(lengths + row)
+    table = page_table + tl.load(slots + row).to(tl.int64) * table_stride
+    end = length  # of the keys read from the pages
+    if NEW:
+        end = length - 1
+    begin = 0
+    if WINDOW > 0:
+        begin = tl.maximum(0, length - WINDOW)
+    first_tile = begin // BLOCK_C
+    tiles = tl.cdiv(end, BLOCK_C) - first_tile
+    share = SPLIT_TILES
+    if not FIXED:
+        share = tl.maximum(SPLIT_TILES, tl.cdiv(tiles, num_splits))
+    active = tl.maximum(1, tl.cdiv(tiles, share))
+    if DEPENDENT:
+        cuda.gdc_launch_dependents()
+    if split >= active:
+        return
+    if DEPENDENT:
+        cuda.gdc_wait()
+
+    dims = tl.arange(0, BLOCK_H)
+    inside = dims < HEAD
+    group = tl.arange(0, BLOCK_G)
+    some = group[:, None] < GROUP
+    keys = tl.arange(0, BLOCK_C)
+    top = tl.full([BLOCK_G], -1e30, tl.float32)
+    weight = tl.zeros([BLOCK_G], tl.float32)
+    total = tl.zeros([BLOCK_G, BLOCK_H], tl.float32)
+    if NEW:
+        one = tl.arange(0, 1)[:, None]
+        start = qkv + token.to(tl.int64) * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD)
+        heads = start + (kv_head * GROUP + group[:, None]) * HEAD
+        turn = token * HALF
+        q = load_turned(
+            heads, turn + group[:, None] * 0, q_norm, cos, sin, some, eps, offset, HEAD, BLOCK_H, HALF, Q_NORM
+        ).to(ACT)
+        if split == active - 1:  # this token's own key and value: never read back from the pages
+            at = start + (NUM_HEADS + kv_head) * HEAD + one
+            new_k = load_turned(at, turn + one, k_norm, cos, sin, one == 0, eps, offset, HEAD, BLOCK_H, HALF, K_NORM)
+            new_k = storable(new_k, 1.0 / k_scale, ACT, STORED)
+            new_v = tl.load(at + NUM_KV_HEADS * HEAD + dims[None, :], mask=inside[None, :], other=0.0)
+            new_v = storable(new_v.to(tl.float32), 1.0 / v_scale, ACT, STORED)
+            page = tl.load(table + end // PAGE).to(tl.int64)
+            place = ((page * NUM_KV_HEADS + kv_head) * PAGE + end % PAGE) * HEAD + dims[None, :]
+            tl.store(k_pages + place, new_k, mask=inside[None, :])
+            tl.store(v_pages + place, new_v, mask=inside[None, :])
+            top = softcap(tl.sum(q.to(tl.float32) * new_k.to(tl.float32), 1) * factor, cap, CAP)
+            weight += 1.0
+            total += new_v.to(tl.float32)
+    else:
+        heads = qkv + (token.to(tl.int64) * NUM_HEADS + kv_head * GROUP + group[:, None]) * HEAD
+        q = tl.load(heads + dims[None, :], mask=some & inside[None, :], other=0.0)
+
+    low = first_tile + split * share
+    high = tl.minimum(low + share, first_tile + tiles)
+    for tile in tl.range(low, high, num_stages=STAGES):
+        at = tile * BLOCK_C
+        position = at + keys
+        seen = position < end
+        if WINDOW > 0:
+            seen = seen & (position >= begin)
+        places = key_offsets(table, keys, at, end, kv_head, NUM_KV_HEADS, PAGE, HEAD, BLOCK_C)
+        k = tl.load(k_pages + places[:, None] + dims[None, :], mask=seen[:, None] & inside[None, :], other=0.0)
+        v = tl.load(v_pages + places[:, None] + dims[None, :], mask=seen[:, None] & inside[None, :], other=0.0)
+        s = scores_of(q, tl.trans(k.to(ACT)), factor, cap, CAP)
+        s = tl.where(seen[None, :], s, float("-inf"))
+        higher = tl.maximum(top, tl.max(s, 1))
+        p = tl.exp2(s - higher[:, None])
+        kept = tl.exp2(top - higher)
+        weight = weight * kept + tl.sum(p, 1)
+        total = tl.dot(p.to(ACT), v.to(ACT), total * kept[:, None], input_precision="ieee")
+        top = higher
+
+    out_at = out + (token.to(tl.int64) * NUM_HEADS + kv_head * GROUP) * HEAD
+    if active == 1:
+        if SINKS:
+            sink = tl.load(sinks + kv_head * GROUP + group, mask=group < GROUP, other=0.0).to(tl.float32)
+            sink = sink * 1.4426950408889634
+            higher = tl.maximum(top, sink)
+            kept = tl.exp2(top - higher)
+            weight = weight * kept + tl.exp2(sink - higher)
+            total = total * kept[:, None]
+        result = (total * (v_scale / weight)[:, None]).to(ACT)
+        tl.store(out_at + group[:, None] * HEAD + dims[None, :], result, mask=some & inside[None, :])
+    else:
+        STRIDE: tl.constexpr = GROUP * (HEAD + 2)
+        pair = ticket * NUM_KV_HEADS + kv_head
+        base = partials + pair.to(tl.int64) * num_splits * STRIDE
+        mine = base + split * STRIDE
+        tl.store(mine + group[:, None] * HEAD + dims[None, :], total, mask=some & inside[None, :])
+        tl.store(mine + GROUP * HEAD + group, top, mask=group < GROUP)
+        tl.store(mine + GROUP * (HEAD + 1) + group, weight, mask=group < GROUP)
+        tl.debug_barrier()  # all threads have stored before one thread says so
+        arrived = tl.atomic_add(counters + pair, 1, sem="acq_rel")
+        if arrived == active - 1:
+            tl.store(counters + pair, 0)
+            merge(
+                out_at, base, sinks + kv_head * GROUP if SINKS else sinks, active, v_scale,
+                GROUP, HEAD, SINKS, BLOCK_Z, BLOCK_GH,
+            )  # fmt: skip
+
+
+def score_factors(scale: float, logit_cap: float | None, k_scale: float) -> tuple[float, float]:
+    """(factor, cap) of `softcap`: scores in base 2, capped or not."""
+    if logit_cap is None:
+        return scale * k_scale * LOG2_E, 0.0
+    return 2.0 * scale * k_scale / logit_cap, logit_cap * LOG2_E
+
+
+def num_splits(rows: int, kv_heads: int, max_keys: int, work: Workspace, block: int) -> tuple[int, int]:
+    """(splits of the grid, fewest tiles of a split): enough programs to fill the chip, were every row long."""
+    if work.fixed_split:
+        share = triton.cdiv(work.fixed_split, block)
+        return triton.cdiv(triton.cdiv(max_keys, block), share), share
+    share = triton.cdiv(SPLIT_KEYS, block)
+    wanted = max(MIN_SPLITS, work.num_sms * PROGRAMS_OF_SM // (rows * kv_heads))
+    return max(1, min(wanted, MAX_SPLITS, triton.cdiv(max_keys, share * block))), share
+
+
+def launch(
+    qkv: Tensor,
+    out: Tensor,
+    cache: Tensor,
+    layer: int,
+    page_table: Tensor,
+    slots: Tensor,
+    lengths: Tensor,
+    rows: Tensor | None,
+    turn: tuple[Tensor | None, Tensor | None],
+    norms: tuple[Tensor | None, Tensor | None, float, float],
+    limits: tuple[float, int | None, float | None, Tensor | None],
+    kv_scales: tuple[float, float],
+    workspace: Workspace,
+    dependent: bool,
+) -> None:
+    """The kernel on a grid for its arguments; `rows` of a mixed step: i32 [programs, 2], see decode_kernel."""
+    _, _, _, kv_heads, page, head_size = cache.shape
+    num_heads = out.numel() // (out.shape[0] * head_size)
+    group = num_heads // kv_heads
+    count = slots.shape[0] if rows is None else rows.shape[0]
+    (q_norm, k_norm, eps, offset), (scale, window, logit_cap, sinks) = norms, limits
+    block_h, block_g = triton.next_power_of_2(head_size), max(16, triton.next_power_of_2(group))
+    block = 64 if block_h * cache.element_size() <= 256 else 32
+    splits, share = num_splits(count, kv_heads, page_table.shape[1] * page, workspace, block)
+    needed = count * splits * num_heads * (head_size + 2)
+    if needed > workspace.partials.numel() or count * kv_heads > workspace.counters.numel():
+        raise ValueError(f"the workspace is too small for {count} rows of {num_heads} heads and {splits} splits")
+    factor, cap = score_factors(scale, logit_cap, kv_scales[0])
+    block_gh = triton.next_power_of_2(group * head_size)
+    options = {"launch_pdl": True} if dependent else {}
+    decode_kernel[(kv_heads, splits, count)](
+        qkv, out, cache[layer, 0], cache[layer, 1], page_table, slots, lengths, rows, *turn, q_norm, k_norm, sinks,
+        workspace.partials, workspace.counters, page_table.stride(0), splits,
+        factor, cap, float(eps), float(offset), *kv_scales,
+        NUM_HEADS=num_heads, NUM_KV_HEADS=kv_heads, HEAD=head_size, BLOCK_H=block_h, BLOCK_G=block_g, BLOCK_C=block,
+        BLOCK_Z=max(1, min(8, 8192 // block_gh)), BLOCK_GH=block_gh, HALF=rotary_half(turn[0], count, head_size),
+        PAGE=page, WINDOW=window or 0, SPLIT_TILES=share, FIXED=workspace.fixed_split > 0, NEW=rows is None,
+        Q_NORM=q_norm is not None, K_NORM=k_norm is not None, CAP=logit_cap is not None, SINKS=sinks is not None,
+        STAGES=3, DEPENDENT=dependent, num_warps=4, **options,
+    )  # fmt: skip
+
+
+def decode_attention(
+    qkv: Tensor,
+    cache: Tensor,
+    layer: int,
+    page_table: Tensor,
+    slots: Tensor,
+    lengths: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *,
+    num_heads: int,
+    scale: float,
+    window: int | None = None,
+    logit_cap: float | None = None,
+    sinks: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    norm_offset: float = 0.0,
+    kv_scales: tuple[float, float] = (1.0, 1.0),
+    workspace: Workspace,
+    dependent: bool = False,
+) -> Tensor:
+    """Attention of rows with one new token -> [S, N * H]; its key and value go to the page of position length - 1.
+
+    qkv: [S, (N + 2K) * H]; cache: [L, 2, P, K, page, H], changed in place; page_table: i32 [max_slots + 1, max_pages];
+    slots, lengths: i32 [S], padding rows have length 1; cos, sin: f32 [S, R / 2]; sinks: [N]; q_norm, k_norm: f32 [H];
+    kv_scales: an e4m3 cache keeps x / scale; dependent: launch before the kernel in front is done (sm_90).
+    """
+    _, _, _, kv_heads, _, head_size = cache.shape
+    width = (num_heads + 2 * kv_heads) * head_size
+    if qkv.shape[1] != width or not qkv.is_contiguous() or slots.shape != lengths.shape != qkv.shape[:1]:
+        raise ValueError(f"qkv must be [{slots.shape[0]}, {width}], contiguous, not {qkv.shape}")
+    out = torch.empty(qkv.shape[0], num_heads * head_size, dtype=qkv.dtype, device=qkv.device)
+    launch(
+        qkv, out, cache, layer, page_table, slots, lengths, None, (cos, sin), (q_norm, k_norm, norm_eps, norm_offset),
+        (scale, window, logit_cap, sinks), kv_scales, workspace, dependent,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,38 @@
+"""Triton's interpreter where there is no GPU: import this before triton.
+
+Two faults of the interpreter of triton 3.6 are mended: it turns one-element arrays to integers as numpy 2.4 no longer
+allows, so that `range` over a number read from memory fails; and `dot` takes bfloat16 bits for integers.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+if DEVICE.type == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read where triton is imported first
+    from triton.runtime import interpreter
+
+    plain = interpreter._patch_lang_tensor
+
+    def with_index(tensor, scope):
+        plain(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = with_index
+
+    plain_dot = interpreter.InterpreterBuilder.create_dot
+
+    def wide(x):
+        if x.dtype.name != "bf16":
+            return x
+        return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), interpreter.tl.float32)
+
+    def dot(self, a, b, *rest):
+        return plain_dot(self, wide(a), wide(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = dot
