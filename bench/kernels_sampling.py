@@ -58,13 +58,13 @@ def report(name: str, took: float, size_bytes: int, rate: float) -> None:
     print(f"{name:<44} {took:9.2f} us {size_bytes / took / 1e3:8.0f} GB/s {100 * share:5.1f}% of a copy", flush=True)
 
 
-def bench_argmax(rate: float, rows: Iterable[int], tiles: Iterable[int | None] = (None,)) -> None:
+def bench_argmax(rate: float, rows: Iterable[int], tiles: Iterable[int] = (sampling.TILE,)) -> None:
     for count in rows:
         size = count * VOCAB * 4
         inputs = [torch.randn(count, VOCAB, device="cuda") for _ in range(num_inputs(size))]
         for tile in tiles:
             took = microseconds(lambda i, inputs=inputs, tile=tile: sampling.scan(inputs[i], tile), len(inputs))
-            report(f"scan {count} x {VOCAB}, tile {tile or 'auto'}", took, size, rate)
+            report(f"scan {count} x {VOCAB}, tile {tile}", took, size, rate)
         took = microseconds(lambda i, inputs=inputs: sampling.argmax(inputs[i]), len(inputs))
         report(f"argmax {count} x {VOCAB}", took, size, rate)
         took = microseconds(lambda i, inputs=inputs: inputs[i].argmax(dim=1), len(inputs))

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE, FEW_ROWS, SMALL_TILE = 4096, 8, 1024
+TILE = 1024  # small: 16 programs of a multiprocessor keep more loads in flight than few large ones
 LAST_ID = tl.constexpr(0x7FFFFFFF)  # a key's low word is this xor the id: smaller ids are larger keys
 
 
@@ -27,12 +27,11 @@ class Scan:
     unfit: Tensor  # i32 [S, C] 1 where a value is NaN or +inf
 
 
-def scan(logits: Tensor, tile: int | None = None) -> Scan:
+def scan(logits: Tensor, tile: int = TILE) -> Scan:
     """Read the logits once. logits: f32, bf16 or f16 [S, V]."""
     if logits.dim() != 2 or logits.stride(1) != 1:
         raise ValueError(f"logits {tuple(logits.shape)} of strides {logits.stride()}: rows must be contiguous")
     rows, vocab = logits.shape
-    tile = tile or (SMALL_TILE if rows <= FEW_ROWS else TILE)
     tiles = triton.cdiv(vocab, tile)
     keys = torch.empty(rows, tiles, dtype=torch.int64, device=logits.device)
     unfit = torch.empty(rows, tiles, dtype=torch.int32, device=logits.device)
@@ -101,8 +100,8 @@ def sortable(x):
 @triton.jit
 def best_key(x, ids):
     """The largest of x and the first of its ids as one int64."""
-    top = tl.max(x, 0)
-    first = tl.min(tl.where(x == top, ids, LAST_ID), 0)
+    top = tl.max(x)
+    first = tl.min(tl.where(x == top, ids, LAST_ID))
     return (sortable(top).to(tl.int64) << 32) | (first ^ LAST_ID).to(tl.int64)
 
 
