@@ -22,16 +22,28 @@ from triton.language.extra import cuda
 from cuda_kernels.rope_cache import load_turned, rotary_half, storable
 
 LOG2_E = 1.4426950408889634
-MIN_SPLITS, MAX_SPLITS = 4, 128
-SPLIT_KEYS = 256  # fewest keys worth a split of their own
-PROGRAMS_OF_SM = 4
+PROGRAMS_OF_SM = 4  # that run at once
+MAX_WAVES = 4
+BLOCKS_OF_ROWS = (16, 128, 1024, 8192)  # few, since each is a kernel of its own
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How a launch is cut up."""
+
+    block: int = 64  # keys of a tile
+    stages: int = 3  # tiles on their way
+    warps: int = 4
+    merged: int = 4  # splits merged at a time
+    split_keys: int = 256  # fewest keys of a split
+    waves: int = 2  # splits of long rows, in programs that run at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workspace:
     """Scratch of one stream's decode attention. Counters are 0 between launches."""
 
-    partials: Tensor  # f32 [max rows * splits * N * (H + 2)]
+    partials: Tensor  # f32 [work items * N * (H + 2)]
     counters: Tensor  # i32 [max rows * N]
     num_sms: int
     fixed_split: int  # keys of every split; 0 = by the step's shape
@@ -44,11 +56,11 @@ def make_workspace(
     if fixed_split and not max_keys:
         raise ValueError("fixed_split needs max_keys")
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    row_splits = max(max_rows * MIN_SPLITS, sms * PROGRAMS_OF_SM)
+    items = max_rows + sms * PROGRAMS_OF_SM * MAX_WAVES
     if fixed_split:
-        row_splits = max_rows * triton.cdiv(max_keys, fixed_split)
+        items = max_rows * triton.cdiv(max_keys, fixed_split)
     return Workspace(
-        partials=torch.empty(row_splits * num_heads * (head_size + 2), dtype=torch.float32, device=device),
+        partials=torch.empty(items * num_heads * (head_size + 2), dtype=torch.float32, device=device),
         counters=torch.zeros(max_rows * num_heads, dtype=torch.int32, device=device),
         num_sms=sms,
         fixed_split=fixed_split,
@@ -69,27 +81,83 @@ def softcap(s, cap, CAP: tl.constexpr):
 
 
 @triton.jit
-def key_offsets(
-    table, keys, at, end, kv_head, K: tl.constexpr, PAGE: tl.constexpr, HEAD: tl.constexpr, C: tl.constexpr
-):
-    """Offsets of keys `at + arange(C)` in a layer's pages -> i64 [C]. A tile inside one page takes one look-up."""
+def page_of(table, at, end, PAGE: tl.constexpr, C: tl.constexpr):
+    """The page of a tile that lies in one, asked for a tile ahead: then key loads wait for no other load."""
+    page = 0
     if PAGE % C == 0:
-        page = tl.load(table + at // PAGE).to(tl.int64)
-        return ((page * K + kv_head) * PAGE + at % PAGE) * HEAD + keys * HEAD
+        page = tl.load(table + at // PAGE, mask=at < end, other=0)
+    return page
+
+
+@triton.jit
+def key_offsets(
+    table, page, keys, at, end, kv_head, K: tl.constexpr, PAGE: tl.constexpr, HEAD: tl.constexpr, C: tl.constexpr
+):
+    """Offsets of keys `at + arange(C)` in a layer's pages -> i64 [C]. page: of `page_of`."""
+    if PAGE % C == 0:
+        return ((page.to(tl.int64) * K + kv_head) * PAGE + at % PAGE) * HEAD + keys * HEAD
     position = at + keys
     page = tl.load(table + position // PAGE, mask=position < end, other=0).to(tl.int64)
     return ((page * K + kv_head) * PAGE + position % PAGE) * HEAD
 
 
 @triton.jit
+def find_work(
+    lengths, rows, item, num_rows, budget,
+    NEW: tl.constexpr, WINDOW: tl.constexpr, BLOCK_C: tl.constexpr, SPLIT_TILES: tl.constexpr, FIXED: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """(row, split, splits of the row, tiles of a split) of a work item; row = num_rows where there is none left.
+
+    Every program works it out from all lengths: splits are as long as `budget` of them need to be for all rows.
+    """
+    lanes = tl.arange(0, BLOCK_S)
+    real = lanes < num_rows
+    places = lanes
+    if not NEW:
+        places = tl.load(rows + 2 * lanes, mask=real, other=0)
+    seen = tl.load(lengths + places, mask=real, other=1)
+    first_tile = tl.zeros([BLOCK_S], tl.int32)
+    if WINDOW > 0:
+        first_tile = tl.maximum(0, seen - WINDOW) // BLOCK_C
+    if NEW:
+        seen -= 1
+    tiles = tl.where(real, tl.cdiv(seen, BLOCK_C) - first_tile, 0)
+    share = SPLIT_TILES
+    if not FIXED:
+        share = tl.maximum(SPLIT_TILES, tl.cdiv(tl.sum(tiles, 0), budget))
+    active = tl.where(real, tl.maximum(1, tl.cdiv(tiles, share)), 0)
+    ends = tl.cumsum(active, 0)
+    row = tl.sum((real & (ends <= item)).to(tl.int32), 0)
+    mine = lanes == row
+    splits = tl.sum(tl.where(mine, active, 0), 0)
+    split = item - tl.sum(tl.where(mine, ends - active, 0), 0)
+    return row, split, splits, share
+
+
+@triton.jit
+def add_sinks(sinks, heads, top, weight, total, SINKS: tl.constexpr):
+    """The sinks of `heads` as one more key without a value."""
+    if SINKS:
+        sink = tl.load(sinks + heads).to(tl.float32) * 1.4426950408889634
+        higher = tl.maximum(top, sink)
+        kept = tl.exp2(top - higher)
+        weight = weight * kept + tl.exp2(sink - higher)
+        total = total * kept[:, None]
+    return weight, total
+
+
+@triton.jit
 def merge(
     out,  # [G * H] of this row and KV head
     partials,  # f32 [Z, G * (H + 2)]: sums, largest scores, sums of weights
-    sinks,  # f32 [G] of this KV head
+    sinks,  # [N]
+    kv_head,
     active,
     v_scale,
     GROUP: tl.constexpr,
     HEAD: tl.constexpr,
+    STRIDE: tl.constexpr,  # from one split's partials to the next
     SINKS: tl.constexpr,
     BLOCK_Z: tl.constexpr,
     BLOCK_GH: tl.constexpr,
@@ -97,12 +165,11 @@ def merge(
     columns = tl.arange(0, BLOCK_GH)
     mask = columns < GROUP * HEAD
     group = columns // HEAD
-    STRIDE: tl.constexpr = GROUP * (HEAD + 2)
     top = tl.full([BLOCK_GH], -1e30, tl.float32)
     weight = tl.zeros([BLOCK_GH], tl.float32)
     total = tl.zeros([BLOCK_GH], tl.float32)
     if SINKS:
-        top = tl.load(sinks + group, mask=mask, other=0.0).to(tl.float32) * 1.4426950408889634
+        top = tl.load(sinks + kv_head * GROUP + group, mask=mask, other=0.0).to(tl.float32) * 1.4426950408889634
         weight += 1.0
     for first in range(0, active, BLOCK_Z):
         splits = first + tl.arange(0, BLOCK_Z)[:, None]
@@ -120,7 +187,7 @@ def merge(
     tl.store(out + columns, (total * v_scale / weight).to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_splits"])
+@triton.jit(do_not_specialize=["table_stride", "num_rows", "budget"])
 def decode_kernel(
     qkv,  # [S, (N + 2K) * H]; without NEW the finished queries [T, N, H]
     out,  # [S, N * H]; without NEW [T, N, H]
@@ -135,10 +202,11 @@ def decode_kernel(
     q_norm,
     k_norm,
     sinks,  # f32 [N]
-    partials,  # f32 [S * K, Z, G * (H + 2)]
+    partials,  # f32 [work items, K, G * (H + 2)]
     counters,  # i32 [S * K]
     table_stride,
-    num_splits,  # of the grid
+    num_rows,
+    budget,  # splits that all rows together may have beyond one each
     factor,  # of the scores, see softcap
     cap,
     eps,
@@ -153,6 +221,7 @@ def decode_kernel(
     BLOCK_C: tl.constexpr,  # keys of a tile
     BLOCK_Z: tl.constexpr,
     BLOCK_GH: tl.constexpr,  # power of two >= G * H
+    BLOCK_S: tl.constexpr,  # power of two >= S
     HALF: tl.constexpr,
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,  # 0 = none
@@ -169,7 +238,14 @@ def decode_kernel(
     ACT: tl.constexpr = qkv.dtype.element_ty
     STORED: tl.constexpr = k_pages.dtype.element_ty
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
-    kv_head, split, ticket = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kv_head, item = tl.program_id(0), tl.program_id(1)
+    if DEPENDENT:
+        cuda.gdc_launch_dependents()
+    ticket, split, active, share = find_work(
+        lengths, rows, item, num_rows, budget, NEW, WINDOW, BLOCK_C, SPLIT_TILES, FIXED, BLOCK_S
+    )
+    if ticket >= num_rows:
+        return
     row = ticket
     token = ticket
     if not NEW:
@@ -184,15 +260,9 @@ def decode_kernel(
     if WINDOW > 0:
         begin = tl.maximum(0, length - WINDOW)
     first_tile = begin // BLOCK_C
-    tiles = tl.cdiv(end, BLOCK_C) - first_tile
-    share = SPLIT_TILES
-    if not FIXED:
-        share = tl.maximum(SPLIT_TILES, tl.cdiv(tiles, num_splits))
-    active = tl.maximum(1, tl.cdiv(tiles, share))
-    if DEPENDENT:
-        cuda.gdc_launch_dependents()
-    if split >= active:
-        return
+    low = first_tile + split * share
+    high = tl.minimum(low + share, tl.cdiv(end, BLOCK_C))
+    ahead = page_of(table, low * BLOCK_C, end, PAGE, BLOCK_C)
     if DEPENDENT:
         cuda.gdc_wait()
 
@@ -229,15 +299,15 @@ def decode_kernel(
         heads = qkv + (token.to(tl.int64) * NUM_HEADS + kv_head * GROUP + group[:, None]) * HEAD
         q = tl.load(heads + dims[None, :], mask=some & inside[None, :], other=0.0)
 
-    low = first_tile + split * share
-    high = tl.minimum(low + share, first_tile + tiles)
     for tile in tl.range(low, high, num_stages=STAGES):
         at = tile * BLOCK_C
         position = at + keys
         seen = position < end
         if WINDOW > 0:
             seen = seen & (position >= begin)
-        places = key_offsets(table, keys, at, end, kv_head, NUM_KV_HEADS, PAGE, HEAD, BLOCK_C)
+        page = ahead
+        ahead = page_of(table, at + BLOCK_C, end, PAGE, BLOCK_C)
+        places = key_offsets(table, page, keys, at, end, kv_head, NUM_KV_HEADS, PAGE, HEAD, BLOCK_C)
         k = tl.load(k_pages + places[:, None] + dims[None, :], mask=seen[:, None] & inside[None, :], other=0.0)
         v = tl.load(v_pages + places[:, None] + dims[None, :], mask=seen[:, None] & inside[None, :], other=0.0)
         s = scores_of(q, tl.trans(k.to(ACT)), factor, cap, CAP)
@@ -251,20 +321,13 @@ def decode_kernel(
 
     out_at = out + (token.to(tl.int64) * NUM_HEADS + kv_head * GROUP) * HEAD
     if active == 1:
-        if SINKS:
-            sink = tl.load(sinks + kv_head * GROUP + group, mask=group < GROUP, other=0.0).to(tl.float32)
-            sink = sink * 1.4426950408889634
-            higher = tl.maximum(top, sink)
-            kept = tl.exp2(top - higher)
-            weight = weight * kept + tl.exp2(sink - higher)
-            total = total * kept[:, None]
+        weight, total = add_sinks(sinks, kv_head * GROUP + tl.minimum(group, GROUP - 1), top, weight, total, SINKS)
         result = (total * (v_scale / weight)[:, None]).to(ACT)
         tl.store(out_at + group[:, None] * HEAD + dims[None, :], result, mask=some & inside[None, :])
     else:
-        STRIDE: tl.constexpr = GROUP * (HEAD + 2)
+        STRIDE: tl.constexpr = NUM_HEADS * (HEAD + 2)
+        mine = partials + item.to(tl.int64) * STRIDE + kv_head * (GROUP * (HEAD + 2))
         pair = ticket * NUM_KV_HEADS + kv_head
-        base = partials + pair.to(tl.int64) * num_splits * STRIDE
-        mine = base + split * STRIDE
         tl.store(mine + group[:, None] * HEAD + dims[None, :], total, mask=some & inside[None, :])
         tl.store(mine + GROUP * HEAD + group, top, mask=group < GROUP)
         tl.store(mine + GROUP * (HEAD + 1) + group, weight, mask=group < GROUP)
@@ -273,8 +336,8 @@ def decode_kernel(
         if arrived == active - 1:
             tl.store(counters + pair, 0)
             merge(
-                out_at, base, sinks + kv_head * GROUP if SINKS else sinks, active, v_scale,
-                GROUP, HEAD, SINKS, BLOCK_Z, BLOCK_GH,
+                out_at, mine - split.to(tl.int64) * STRIDE, sinks, kv_head, active, v_scale,
+                GROUP, HEAD, STRIDE, SINKS, BLOCK_Z, BLOCK_GH,
             )  # fmt: skip
 
 
@@ -285,14 +348,20 @@ def score_factors(scale: float, logit_cap: float | None, k_scale: float) -> tupl
     return 2.0 * scale * k_scale / logit_cap, logit_cap * LOG2_E
 
 
-def num_splits(rows: int, kv_heads: int, max_keys: int, work: Workspace, block: int) -> tuple[int, int]:
-    """(splits of the grid, fewest tiles of a split): enough programs to fill the chip, were every row long."""
+def plan_for(rows: int, kv_heads: int, row_bytes: int) -> Plan:
+    """row_bytes: of one key, padded to a power of two."""
+    return Plan(block=64 if row_bytes <= 256 else 32)
+
+
+def work_items(rows: int, kv_heads: int, max_keys: int, work: Workspace, plan: Plan) -> tuple[int, int, int]:
+    """(items of the grid, budget, fewest tiles of a split), see find_work."""
+    tiles = triton.cdiv(max_keys, plan.block)
     if work.fixed_split:
-        share = triton.cdiv(work.fixed_split, block)
-        return triton.cdiv(triton.cdiv(max_keys, block), share), share
-    share = triton.cdiv(SPLIT_KEYS, block)
-    wanted = max(MIN_SPLITS, work.num_sms * PROGRAMS_OF_SM // (rows * kv_heads))
-    return max(1, min(wanted, MAX_SPLITS, triton.cdiv(max_keys, share * block))), share
+        share = triton.cdiv(work.fixed_split, plan.block)
+        return rows * triton.cdiv(tiles, share), 1, share
+    share = triton.cdiv(plan.split_keys, plan.block)
+    budget = max(1, work.num_sms * PROGRAMS_OF_SM * plan.waves // kv_heads)
+    return min(rows + budget, rows * triton.cdiv(tiles, share)), budget, share
 
 
 def launch(
@@ -318,23 +387,25 @@ def launch(
     count = slots.shape[0] if rows is None else rows.shape[0]
     (q_norm, k_norm, eps, offset), (scale, window, logit_cap, sinks) = norms, limits
     block_h, block_g = triton.next_power_of_2(head_size), max(16, triton.next_power_of_2(group))
-    block = 64 if block_h * cache.element_size() <= 256 else 32
-    splits, share = num_splits(count, kv_heads, page_table.shape[1] * page, workspace, block)
-    needed = count * splits * num_heads * (head_size + 2)
+    plan = plan_for(count, kv_heads, block_h * cache.element_size())
+    items, budget, share = work_items(count, kv_heads, page_table.shape[1] * page, workspace, plan)
+    needed = items * num_heads * (head_size + 2)
     if needed > workspace.partials.numel() or count * kv_heads > workspace.counters.numel():
-        raise ValueError(f"the workspace is too small for {count} rows of {num_heads} heads and {splits} splits")
+        raise ValueError(f"the workspace is too small for {count} rows of {num_heads} heads in {items} splits")
     factor, cap = score_factors(scale, logit_cap, kv_scales[0])
     block_gh = triton.next_power_of_2(group * head_size)
+    block_s = next(size for size in BLOCKS_OF_ROWS if size >= count)
     options = {"launch_pdl": True} if dependent else {}
-    decode_kernel[(kv_heads, splits, count)](
+    decode_kernel[(kv_heads, items)](
         qkv, out, cache[layer, 0], cache[layer, 1], page_table, slots, lengths, rows, *turn, q_norm, k_norm, sinks,
-        workspace.partials, workspace.counters, page_table.stride(0), splits,
+        workspace.partials, workspace.counters, page_table.stride(0), count, budget,
         factor, cap, float(eps), float(offset), *kv_scales,
-        NUM_HEADS=num_heads, NUM_KV_HEADS=kv_heads, HEAD=head_size, BLOCK_H=block_h, BLOCK_G=block_g, BLOCK_C=block,
-        BLOCK_Z=max(1, min(8, 8192 // block_gh)), BLOCK_GH=block_gh, HALF=rotary_half(turn[0], count, head_size),
-        PAGE=page, WINDOW=window or 0, SPLIT_TILES=share, FIXED=workspace.fixed_split > 0, NEW=rows is None,
+        NUM_HEADS=num_heads, NUM_KV_HEADS=kv_heads, HEAD=head_size, BLOCK_H=block_h, BLOCK_G=block_g,
+        BLOCK_C=plan.block, BLOCK_Z=max(1, min(plan.merged, plan.merged * 512 // block_gh)), BLOCK_GH=block_gh,
+        BLOCK_S=block_s, HALF=rotary_half(turn[0], count, head_size), PAGE=page, WINDOW=window or 0,
+        SPLIT_TILES=share, FIXED=workspace.fixed_split > 0, NEW=rows is None,
         Q_NORM=q_norm is not None, K_NORM=k_norm is not None, CAP=logit_cap is not None, SINKS=sinks is not None,
-        STAGES=3, DEPENDENT=dependent, num_warps=4, **options,
+        STAGES=plan.stages, DEPENDENT=dependent, num_warps=plan.warps, **options,
     )  # fmt: skip
 
 

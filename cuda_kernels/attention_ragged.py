@@ -17,7 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cuda_kernels.attention_decode import Workspace, key_offsets, launch, make_workspace, score_factors, scores_of
+from cuda_kernels.attention_decode import (
+    Workspace,
+    add_sinks,
+    key_offsets,
+    launch,
+    make_workspace,
+    page_of,
+    score_factors,
+    scores_of,
+)
 
 PACKED_QUERIES = 128  # queries times heads of a tile
 
@@ -87,8 +96,11 @@ def attend_tiles(
     """Online softmax over the keys [low, high), whole tiles; unless MASKED every query sees all of them."""
     keys = tl.arange(0, BLOCK_C)
     dims = tl.arange(0, BLOCK_H)
+    ahead = page_of(table, low, high, PAGE, BLOCK_C)
     for at in tl.range(low, high, BLOCK_C, num_stages=STAGES):
-        places = key_offsets(table, keys, at, end, kv_head, NUM_KV_HEADS, PAGE, HEAD, BLOCK_C)
+        page = ahead
+        ahead = page_of(table, at + BLOCK_C, high, PAGE, BLOCK_C)
+        places = key_offsets(table, page, keys, at, end, kv_head, NUM_KV_HEADS, PAGE, HEAD, BLOCK_C)
         if BLOCK_H == HEAD:
             k = tl.load(k_pages + places[:, None] + dims[None, :])
             v = tl.load(v_pages + places[:, None] + dims[None, :])
@@ -180,12 +192,7 @@ def ragged_kernel(
         queries, top, weight, total, k_pages, v_pages, table, positions, open_end, end, end, kv_head, factor, cap,
         NUM_KV_HEADS, HEAD, BLOCK_H, BLOCK_C, PAGE, WINDOW, CAP, True, STAGES, ACT,
     )  # fmt: skip
-    if SINKS:
-        sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
-        higher = tl.maximum(top, sink)
-        kept = tl.exp2(top - higher)
-        weight = weight * kept + tl.exp2(sink - higher)
-        total = total * kept[:, None]
+    weight, total = add_sinks(sinks, head, top, weight, total, SINKS)
     tl.store(out + places, (total * (v_scale / weight)[:, None]).to(out.dtype.element_ty), mask=wanted)
 
 
