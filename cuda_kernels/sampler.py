@@ -3,7 +3,7 @@
 Three launches. `survey` reads the logits once: rows without filters draw there; of the others it keeps the largest
 value of every 64 (peaks). `choose`, one program a row, finds the threshold that enough peaks reach, gathers the few
 values above it, and filters and draws among those on chip. Rows for which they are not all that may be kept are left
-to `search`, which halves over the whole row. Whichever way a row takes depends on that row alone.
+to `search`, which narrows the interval over the whole row. Whichever way a row takes depends on that row alone.
 Called by backends/torch after the processors. Semantics of docs/contract.md, section 5, and backends/torch/sample.py.
 Letters: S rows · V vocabulary · C tiles of a row · B peaks of a row.
 """
@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from cuda_kernels.candidates import LOWEST, SPAN, count_threshold, gather, mass_threshold, sum_of_tiles
-from cuda_kernels.sampling import best_id, best_key, sortable
+from cuda_kernels.sampling import best_id, best_key, keyed, sortable
 
-TILE = 4096
+TILE = 2048
 ROOM = 2048  # candidates of a row
 MOST_PEAKS = tl.constexpr(1024)  # asked for at once; a larger top-k goes to `search`
 PEAKS = tl.constexpr(192)  # asked for where there is no top-k
@@ -59,8 +59,9 @@ def sample(
     of_row = (slots, temperature, min_p, top_k, top_p, seed, num_outputs)
     sizes = {"TILES": tiles, "SUBS": subs}
     survey_kernel[(tiles, rows)](
-        x, *of_row, keys, flags, floats, vocab, x.stride(0), **sizes, ROOM=ROOM, TILE=TILE, num_warps=SURVEY_WARPS
-    )
+        x, *of_row, keys, flags, floats, vocab, x.stride(0), **sizes, ROOM=ROOM, TILE=TILE, FAST=x.is_cuda,
+        num_warps=SURVEY_WARPS,
+    )  # fmt: skip
     blocks = {"TILE_BLOCK": triton.next_power_of_2(tiles), "SUB_BLOCK": triton.next_power_of_2(subs)}
     choose_kernel[(rows,)](
         x, *of_row, keys, flags, floats, integers, tokens, unfit, vocab, x.stride(0), **sizes, **blocks, ROOM=ROOM,
@@ -102,12 +103,12 @@ def gumbel(word):
 
 
 @triton.jit
-def noise_of_run(number, k0, k1, first, SIZE: tl.constexpr):
-    """Noise of the ids [first, first + SIZE); first is a multiple of 4."""
+def words_of_run(number, k0, k1, first, SIZE: tl.constexpr):
+    """Random words of the ids [first, first + SIZE); first is a multiple of 4."""
     blocks = (first // 4 + tl.arange(0, SIZE // 4)).to(tl.uint32)
     w0, w1, w2, w3 = philox(number + blocks * 0, blocks, k0, k1)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # lane = id & 3
-    return gumbel(tl.reshape(words, (SIZE,)))
+    return tl.reshape(words, (SIZE,))
 
 
 @triton.jit
@@ -117,6 +118,39 @@ def noise_of(number, k0, k1, ids):
     w0, w1, w2, w3 = philox(number + blocks * 0, blocks, k0, k1)
     lane = ids & 3
     return gumbel(tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3)))
+
+
+@triton.jit
+def rough_log(x, FAST: tl.constexpr):
+    """The logarithm by the chip's own approximation, error 2^-22."""
+    if FAST:
+        ask: tl.constexpr = "lg2.approx.ftz.f32 $0, $1;"
+        return 0.6931471805599453 * tl.inline_asm_elementwise(ask, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return tl.log(x)
+
+
+@triton.jit
+def rough_gumbel(word, FAST: tl.constexpr):
+    """gumbel(word) with an error below 1e-4."""
+    uniform = ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+    rest = 1.0 - uniform  # exact; near 1 the logarithm is better had from it
+    series = rest * (1.0 + rest * (0.5 + rest * (0.33333333 + rest * 0.25)))
+    return -rough_log(tl.where(rest < 0.0625, series, -rough_log(uniform, FAST)), FAST)
+
+
+@triton.jit
+def drawn_key(value, ids, heat, words, number, k0, k1, FAST: tl.constexpr):
+    """The key of the winner of a tile: found by rough noise, the exact score only of who comes near it."""
+    rough = value * (1.0 / heat) + rough_gumbel(words, FAST)
+    top = tl.max(rough)
+    near = rough >= top - (1e-3 + tl.abs(top) * 1e-6)
+    if tl.sum(near.to(tl.int32)) == 1:
+        id = tl.max(tl.where(near, ids, 0))
+        warm = tl.div_rn(tl.max(tl.where(near, value, -float("inf"))), heat)
+        key = keyed(warm + noise_of(number, k0, k1, id), id)
+    else:
+        key = best_key(tl.div_rn(value, heat) + gumbel(words), ids)
+    return key
 
 
 @triton.jit
@@ -147,31 +181,31 @@ def survey_kernel(
     SUBS: tl.constexpr,  # B
     ROOM: tl.constexpr,
     TILE: tl.constexpr,
+    FAST: tl.constexpr,
 ):
     tile, row = tl.program_id(0), tl.program_id(1)
-    PEAKS_HERE: tl.constexpr = TILE // SPAN
+    HERE: tl.constexpr = TILE // SPAN
+    ids = tile * TILE + tl.arange(0, HERE)[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
+    value = tl.load(x + row.to(tl.int64) * stride + ids, mask=ids < vocab, other=-float("inf")).to(tl.float32)
     slot = tl.load(slots + row).to(tl.int32)
     heat = tl.load(temperature + slot)
-    floor, count, mass, filtered = filters_of(slot, min_p, top_k, top_p, vocab)
-    ids = tile * TILE + tl.arange(0, PEAKS_HERE)[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
-    value = tl.load(x + row.to(tl.int64) * stride + ids, mask=ids < vocab, other=-float("inf")).to(tl.float32)
+    _, count, mass, filtered = filters_of(slot, min_p, top_k, top_p, vocab)
     tl.store(flags + row * TILES + tile, 1 - tl.min((value < float("inf")).to(tl.int32)))
     value = tl.where(value == value, value, -float("inf"))
     if heat > 0:
-        warm = tl.div_rn(value, heat)
         if filtered:
-            peaks = tl.max(warm, 1)
+            peaks = tl.max(value, 1)
             here = floats + row.to(tl.int64) * (SUBS + 2 * TILES + ROOM)
-            tl.store(here + tile * PEAKS_HERE + tl.arange(0, PEAKS_HERE), peaks)
+            tl.store(here + tile * HERE + tl.arange(0, HERE), tl.div_rn(peaks, heat))
             if (mass < 1) & (count == 0):  # what top-p is a share of
                 top = tl.max(peaks, 0)
                 base = tl.where(top > -float("inf"), top, 0.0)
-                tl.store(here + SUBS + tile, top)
-                tl.store(here + SUBS + TILES + tile, tl.sum(tl.sum(tl.exp(warm - base), 1), 0))
+                tl.store(here + SUBS + tile, tl.div_rn(top, heat))
+                tl.store(here + SUBS + TILES + tile, tl.sum(tl.exp((value - base) * (1.0 / heat))))
         else:
             number, k0, k1 = key_of(seed, num_outputs, slot)
-            noise = noise_of_run(number, k0, k1, tile * TILE, TILE)
-            tl.store(keys + row * TILES + tile, best_key(warm + tl.reshape(noise, (PEAKS_HERE, SPAN)), ids))
+            words = tl.reshape(words_of_run(number, k0, k1, tile * TILE, TILE), (HERE, SPAN))
+            tl.store(keys + row * TILES + tile, drawn_key(value, ids, heat, words, number, k0, k1, FAST))
     else:
         tl.store(keys + row * TILES + tile, best_key(value, ids))
 
@@ -255,24 +289,33 @@ def row_block(source, heat, first, vocab, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def mass_above(source, heat, top, middle, vocab, WEIGHED: tl.constexpr, BLOCK: tl.constexpr):
-    """How many values of a row reach the key `middle`, or the sum of their weights, f32."""
-    total = tl.zeros((BLOCK,), tl.float32)
+def reaching(source, heat, top, a, b, c, vocab, WEIGHED: tl.constexpr, BLOCK: tl.constexpr):
+    """How many values of a row reach each of three keys, or the sums of their weights, f32."""
+    at_a, at_b, at_c = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for first in tl.range(0, vocab, BLOCK):
         ids, warm = row_block(source, heat, first, vocab, BLOCK)
-        weight = tl.exp(warm - top) if WEIGHED else 1.0
-        total += tl.where((sortable(warm) >= middle) & (ids < vocab), weight, 0.0)
-    return tl.sum(total, 0)
+        order = sortable(warm)
+        weight = tl.where(ids < vocab, tl.exp(warm - top) if WEIGHED else 1.0, 0.0)
+        at_a += tl.where(order >= a, weight, 0.0)
+        at_b += tl.where(order >= b, weight, 0.0)
+        at_c += tl.where(order >= c, weight, 0.0)
+    return tl.sum(at_a, 0), tl.sum(at_b, 0), tl.sum(at_c, 0)
 
 
 @triton.jit
-def halve(source, heat, top, low, wanted, vocab, WEIGHED: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest key of a row whose reachers are `wanted` or more; low where there is none."""
+def narrow(source, heat, top, low, wanted, vocab, WEIGHED: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest key of a row whose reachers are `wanted` or more; low where there is none. A quarter is kept a pass.
+
+    low <= a <= b <= c <= high, and a > low
+    """
     low, high = low.to(tl.int64), sortable(top).to(tl.int64)
     while low < high:
-        middle = (low + high + 1) >> 1
-        enough = mass_above(source, heat, top, middle.to(tl.int32), vocab, WEIGHED, BLOCK) >= wanted
-        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle - 1)
+        a, b, c = low + (high - low + 3) // 4, low + (2 * (high - low) + 3) // 4, low + (3 * (high - low) + 3) // 4
+        of_a, of_b, of_c = reaching(
+            source, heat, top, a.to(tl.int32), b.to(tl.int32), c.to(tl.int32), vocab, WEIGHED, BLOCK
+        )
+        high = tl.where(of_c >= wanted, high, tl.where(of_b >= wanted, c, tl.where(of_a >= wanted, b, a)) - 1)
+        low = tl.where(of_c >= wanted, c, tl.where(of_b >= wanted, b, tl.where(of_a >= wanted, a, low)))
     return low.to(tl.int32)
 
 
@@ -301,21 +344,21 @@ def search_kernel(
     if tl.load(integers + row.to(tl.int64) * (SUBS + ROOM + 1) + SUBS + ROOM) != 0:
         slot = tl.load(slots + row).to(tl.int32)
         heat = tl.load(temperature + slot)
-        floor, count, mass, _ = filters_of(slot, min_p, top_k, top_p, vocab)
+        floor, count, mass, _filtered = filters_of(slot, min_p, top_k, top_p, vocab)
         source = x + row.to(tl.int64) * stride
         span = tl.arange(0, SUB_BLOCK)
         peaks = floats + row.to(tl.int64) * (SUBS + 2 * TILES + ROOM) + span
         top = tl.max(tl.load(peaks, mask=span < SUBS, other=-float("inf")), 0)
         kept = tl.where(floor > 0, sortable(top + tl.log(floor)), LOWEST)
         if count > 0:
-            kept = halve(source, heat, top, kept, count.to(tl.float32), vocab, False, BLOCK)
+            kept = narrow(source, heat, top, kept, count.to(tl.float32), vocab, False, BLOCK)
         if mass < 1:
-            share = mass * mass_above(source, heat, top, kept, vocab, True, BLOCK)
-            kept = halve(source, heat, top, kept, share, vocab, True, BLOCK)
+            whole, _same, _again = reaching(source, heat, top, kept, kept, kept, vocab, True, BLOCK)
+            kept = narrow(source, heat, top, kept, mass * whole, vocab, True, BLOCK)
         number, k0, k1 = key_of(seed, num_outputs, slot)
         key = tl.full((), -(2**63), tl.int64)
         for first in tl.range(0, vocab, BLOCK):
             ids, warm = row_block(source, heat, first, vocab, BLOCK)
-            score = warm + noise_of_run(number, k0, k1, first, BLOCK)
+            score = warm + gumbel(words_of_run(number, k0, k1, first, BLOCK))
             key = tl.maximum(key, best_key(tl.where(sortable(warm) >= kept, score, -float("inf")), ids))
         tl.store(tokens + row, ((key & 0x7FFFFFFF) ^ 0x7FFFFFFF))

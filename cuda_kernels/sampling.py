@@ -98,11 +98,16 @@ def sortable(x):
 
 
 @triton.jit
+def keyed(x, ids):
+    """Order of the values, then of smaller ids, as one int64."""
+    return (sortable(x).to(tl.int64) << 32) | (ids ^ LAST_ID).to(tl.int64)
+
+
+@triton.jit
 def best_key(x, ids):
-    """The largest of x and the first of its ids as one int64."""
+    """The key of the largest of x and the first of its ids."""
     top = tl.max(x)
-    first = tl.min(tl.where(x == top, ids, LAST_ID))
-    return (sortable(top).to(tl.int64) << 32) | (first ^ LAST_ID).to(tl.int64)
+    return keyed(top, tl.min(tl.where(x == top, ids, LAST_ID)))
 
 
 @triton.jit(do_not_specialize=["vocab"])

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cuda_kernels.candidates import SPAN, gather, sum_of_tiles
-from cuda_kernels.sampling import LAST_ID, sortable
+from cuda_kernels.sampling import LAST_ID, keyed
 
 TILE = 4096
 ROOM = 512  # candidates of a row
@@ -77,12 +77,6 @@ def review_kernel(
     tl.store(here + SUBS + TILES + tile, tl.sum(tl.sum(tl.exp(value - base), 1), 0))
     counts = integers + row.to(tl.int64) * (SUBS + TILES + ROOM) + SUBS
     tl.store(counts + tile, tl.sum(tl.sum((value > target).to(tl.int32), 1), 0))
-
-
-@triton.jit
-def keyed(value, ids):
-    """Order of values, then of smaller ids, i64."""
-    return (sortable(value).to(tl.int64) << 32) | (ids ^ LAST_ID).to(tl.int64)
 
 
 @triton.jit

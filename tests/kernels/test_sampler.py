@@ -114,10 +114,10 @@ def test_they_compile_for_both_architectures() -> None:
     rows |= {"seed": "*i64", "num_outputs": "*i64", "stride": "i32", "floats": "*fp32"}
     more = {"keys": "*i64", "flags": "*i32"}
     last = {"integers": "*i32", "tokens": "*i64"}
-    sizes = {"TILES": 32, "SUBS": 2048, "ROOM": sampler.ROOM, "vocab": 128256}
+    sizes = {"TILES": 63, "SUBS": 2016, "ROOM": sampler.ROOM, "vocab": 128256}
     kernels = [
-        ("survey_kernel", rows | more, sizes | {"TILE": sampler.TILE}, 4),
-        ("choose_kernel", rows | more | last | {"unfit": "*i32"}, sizes | {"TILE_BLOCK": 32, "SUB_BLOCK": 2048}, 4),
+        ("survey_kernel", rows | more, sizes | {"TILE": sampler.TILE, "FAST": True}, 4),
+        ("choose_kernel", rows | more | last | {"unfit": "*i32"}, sizes | {"TILE_BLOCK": 64, "SUB_BLOCK": 2048}, 4),
         ("search_kernel", rows | last, sizes | {"SUB_BLOCK": 2048, "BLOCK": sampler.SEARCH_BLOCK}, 16),
     ]
     wanted = [
