@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from statistics import median
 
 import torch
 from torch import Tensor
 
-from cuda_kernels import fused, sampling, step_begin
+from cuda_kernels import fused, sampler, sampling, score, step_begin
 
 VOCAB = 128256
 INPUT_BYTES = 160 << 20  # several times the L2 cache
@@ -108,12 +109,57 @@ def bench_step(rate: float, rows: Iterable[int]) -> None:
         report(f"end_decode {count}", microseconds(end, 20), found.keys.nbytes, rate)
 
 
+CASES = {  # temperature, min_p, top_k, top_p
+    "greedy": (0.0, 0.0, 0, 1.0),
+    "temperature": (0.8, 0.0, 0, 1.0),
+    "top-k 50": (0.8, 0.0, 50, 1.0),
+    "top-k 50, top-p 0.9": (0.8, 0.0, 50, 0.9),
+    "top-p 0.9": (0.8, 0.0, 0, 0.9),
+    "min-p 0.05": (0.8, 0.05, 0, 1.0),
+    "top-k 1000": (0.8, 0.0, 1000, 1.0),
+}
+
+
+def table_of(count: int, row: tuple[float, float, int, float]) -> list[Tensor]:
+    """temperature, min_p, top_k, top_p, seed and num_outputs of `count` slots, on the GPU."""
+    numbers = [torch.full((count,), value, device="cuda") for value in row]
+    return [*numbers, torch.randint(0, 2**32, (count, 2), device="cuda"), torch.arange(count, device="cuda")]
+
+
+def likely(rows: int, peaked: bool) -> Tensor:
+    """Logits f32 [rows, V]: as a model's are, or as noise."""
+    if not peaked:
+        return torch.randn(rows, VOCAB, device="cuda")
+    return torch.rand(rows, VOCAB, device="cuda").mul_(VOCAB).add_(1).log_().mul_(-2.5)
+
+
+def draw_one(inputs: list[Tensor], table: tuple[Tensor, ...], i: int) -> object:
+    return sampler.sample(inputs[i], *table)
+
+
+def bench_sample(rate: float, rows: Iterable[int], names: Iterable[str] = tuple(CASES)) -> None:
+    for count in rows:
+        size = count * VOCAB * 4
+        slots = torch.arange(count, device="cuda", dtype=torch.int32)
+        for peaked in (True, False):
+            inputs = [likely(count, peaked) for _ in range(num_inputs(size))]
+            shape = "peaked" if peaked else "flat"
+            for name in names:
+                table = table_of(count, CASES[name])
+                run = partial(draw_one, inputs, (slots, *table))
+                took = microseconds(run, len(inputs))
+                report(f"sample {count} {shape}, {name}", took, size, rate)
+            took = microseconds(lambda i, x=inputs, slots=slots: score.score(x[i], slots, 20), len(inputs))
+            report(f"score {count} {shape}, top 20", took, size, rate)
+
+
 def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("kernels_sampling: needs a GPU")
     rate = copy_rate()
     print(f"{torch.cuda.get_device_name()}: a copy moves {rate / 1e9:.0f} GB/s")
     bench_argmax(rate, (1, 16, 64, 256))
+    bench_sample(rate, (1, 64, 256))
     bench_step(rate, (1, 256))
     bench_fused(rate, (256, 8192))
 
