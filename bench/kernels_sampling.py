@@ -6,6 +6,7 @@ it over several inputs, together larger than the L2 cache, and the median of its
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -153,16 +154,19 @@ def bench_sample(rate: float, rows: Iterable[int], names: Iterable[str] = tuple(
             report(f"score {count} {shape}, top 20", took, size, rate)
 
 
-def main() -> None:
-    if not torch.cuda.is_available():
-        sys.exit("kernels_sampling: needs a GPU")
-    rate = copy_rate()
-    print(f"{torch.cuda.get_device_name()}: a copy moves {rate / 1e9:.0f} GB/s")
-    bench_argmax(rate, (1, 16, 64, 256))
-    bench_sample(rate, (1, 64, 256))
-    bench_step(rate, (1, 256))
-    bench_fused(rate, (256, 8192))
+def main(arguments: list[str], bandwidth: float) -> int:
+    """bandwidth: bytes a second of a device copy."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 64, 256])
+    rows = parser.parse_args(arguments).rows
+    bench_argmax(bandwidth, rows)
+    bench_sample(bandwidth, rows)
+    bench_step(bandwidth, rows)
+    bench_fused(bandwidth, (*rows, 8192))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    if not torch.cuda.is_available():
+        sys.exit("kernels_sampling: needs a GPU")
+    sys.exit(main(sys.argv[1:], copy_rate()))

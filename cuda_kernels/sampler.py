@@ -162,7 +162,7 @@ def filters_of(slot, min_p, top_k, top_p, vocab):
     return floor, count, mass, (floor > 0) | (count > 0) | (mass < 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def survey_kernel(
     x,  # [S, V]
     slots,  # [S]
@@ -210,7 +210,7 @@ def survey_kernel(
         tl.store(keys + row * TILES + tile, best_key(value, ids))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def choose_kernel(
     x,  # [S, V]
     slots,
@@ -319,7 +319,7 @@ def narrow(source, heat, top, low, wanted, vocab, WEIGHED: tl.constexpr, BLOCK: 
     return low.to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def search_kernel(
     x,  # [S, V]
     slots,

@@ -148,7 +148,10 @@ def pick_kernel(
     tl.store(tokens + row, best_id(keys, row, TILES, BLOCK).to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["padding"])
+@triton.jit(
+    do_not_specialize=["padding"],
+    do_not_specialize_on_alignment=["slots", "packed", "bad", "broken", "lengths", "tokens"],
+)
 def end_kernel(
     keys,  # i64 [S, C]
     unfit,  # i32 [S, C]

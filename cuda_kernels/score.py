@@ -49,7 +49,7 @@ def score(logits: Tensor, targets: Tensor, num_top: int) -> tuple[Tensor, Tensor
     return chosen, rank, ids, top
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["targets"])
 def review_kernel(
     logits,  # [S, V]
     targets,  # [S]
@@ -91,7 +91,7 @@ def largest_under(source, last, vocab, PIECE: tl.constexpr):
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["targets"])
 def rank_kernel(
     logits,
     targets,

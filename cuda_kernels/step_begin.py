@@ -82,7 +82,7 @@ def begin_decode(
     return DecodeStart(ids=numbers[0], bad=bad, positions=numbers[1], lengths=numbers[2], turns=turns, x=x)
 
 
-@triton.jit(do_not_specialize=["vocab"])
+@triton.jit(do_not_specialize=["vocab"], do_not_specialize_on_alignment=["slots", "token_ids", "computed", "bad"])
 def begin_kernel(
     slots,  # i32 [S]
     token_ids,  # i32 [S]
