@@ -35,6 +35,7 @@ class Plan:
     stages: int = 3  # tiles on their way
     warps: int = 4
     merged: int = 4  # splits merged at a time
+    requests: int = 1  # tiles asked of the L2 cache before the queries are made
     split_keys: int = 256  # fewest keys of a split
     waves: int = 2  # splits of long rows, in programs that run at once
 
@@ -99,6 +100,17 @@ def key_offsets(
     position = at + keys
     page = tl.load(table + position // PAGE, mask=position < end, other=0).to(tl.int64)
     return ((page * K + kv_head) * PAGE + position % PAGE) * HEAD
+
+
+@triton.jit
+def request_tile(pages, page, at, kv_head, K: tl.constexpr, PAGE: tl.constexpr, HEAD: tl.constexpr, C: tl.constexpr):
+    """Ask the L2 cache for a tile of keys or values that lies in one page."""
+    LINE: tl.constexpr = 1024 // pages.dtype.element_ty.primitive_bitwidth  # values of 128 bytes
+    start = pages + ((page.to(tl.int64) * K + kv_head) * PAGE + at % PAGE) * HEAD
+    lines = (start + tl.arange(0, C * HEAD // LINE) * LINE).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
@@ -233,6 +245,7 @@ def decode_kernel(
     CAP: tl.constexpr,
     SINKS: tl.constexpr,
     STAGES: tl.constexpr,
+    REQUESTS: tl.constexpr,  # tiles asked of the L2 cache before the wait
     DEPENDENT: tl.constexpr,
 ):
     ACT: tl.constexpr = qkv.dtype.element_ty
@@ -263,6 +276,12 @@ def decode_kernel(
     low = first_tile + split * share
     high = tl.minimum(low + share, tl.cdiv(end, BLOCK_C))
     ahead = page_of(table, low * BLOCK_C, end, PAGE, BLOCK_C)
+    for tile in tl.static_range(REQUESTS):
+        at = (low + tile) * BLOCK_C
+        if at < end:
+            page = page_of(table, at, end, PAGE, BLOCK_C)
+            request_tile(k_pages, page, at, kv_head, NUM_KV_HEADS, PAGE, HEAD, BLOCK_C)
+            request_tile(v_pages, page, at, kv_head, NUM_KV_HEADS, PAGE, HEAD, BLOCK_C)
     if DEPENDENT:
         cuda.gdc_wait()
 
@@ -283,13 +302,13 @@ def decode_kernel(
             heads, turn + group[:, None] * 0, q_norm, cos, sin, some, eps, offset, HEAD, BLOCK_H, HALF, Q_NORM
         ).to(ACT)
         if split == active - 1:  # this token's own key and value: never read back from the pages
-            at = start + (NUM_HEADS + kv_head) * HEAD + one
-            new_k = load_turned(at, turn + one, k_norm, cos, sin, one == 0, eps, offset, HEAD, BLOCK_H, HALF, K_NORM)
+            own = start + (NUM_HEADS + kv_head) * HEAD + one
+            new_k = load_turned(own, turn + one, k_norm, cos, sin, one == 0, eps, offset, HEAD, BLOCK_H, HALF, K_NORM)
             new_k = storable(new_k, 1.0 / k_scale, ACT, STORED)
-            new_v = tl.load(at + NUM_KV_HEADS * HEAD + dims[None, :], mask=inside[None, :], other=0.0)
+            new_v = tl.load(own + NUM_KV_HEADS * HEAD + dims[None, :], mask=inside[None, :], other=0.0)
             new_v = storable(new_v.to(tl.float32), 1.0 / v_scale, ACT, STORED)
-            page = tl.load(table + end // PAGE).to(tl.int64)
-            place = ((page * NUM_KV_HEADS + kv_head) * PAGE + end % PAGE) * HEAD + dims[None, :]
+            last = tl.load(table + end // PAGE).to(tl.int64)
+            place = ((last * NUM_KV_HEADS + kv_head) * PAGE + end % PAGE) * HEAD + dims[None, :]
             tl.store(k_pages + place, new_k, mask=inside[None, :])
             tl.store(v_pages + place, new_v, mask=inside[None, :])
             top = softcap(tl.sum(q.to(tl.float32) * new_k.to(tl.float32), 1) * factor, cap, CAP)
@@ -395,6 +414,7 @@ def launch(
     factor, cap = score_factors(scale, logit_cap, kv_scales[0])
     block_gh = triton.next_power_of_2(group * head_size)
     block_s = next(size for size in BLOCKS_OF_ROWS if size >= count)
+    linear = cache.is_cuda and head_size == block_h and page % plan.block == 0
     options = {"launch_pdl": True} if dependent else {}
     decode_kernel[(kv_heads, items)](
         qkv, out, cache[layer, 0], cache[layer, 1], page_table, slots, lengths, rows, *turn, q_norm, k_norm, sinks,
@@ -405,7 +425,8 @@ def launch(
         BLOCK_S=block_s, HALF=rotary_half(turn[0], count, head_size), PAGE=page, WINDOW=window or 0,
         SPLIT_TILES=share, FIXED=workspace.fixed_split > 0, NEW=rows is None,
         Q_NORM=q_norm is not None, K_NORM=k_norm is not None, CAP=logit_cap is not None, SINKS=sinks is not None,
-        STAGES=plan.stages, DEPENDENT=dependent, num_warps=plan.warps, **options,
+        STAGES=plan.stages, REQUESTS=plan.requests if linear else 0, DEPENDENT=dependent,
+        num_warps=plan.warps, **options,
     )  # fmt: skip
 
 
