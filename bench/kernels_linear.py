@@ -1,0 +1,313 @@
+"""Products of few rows on a GPU: each shape and plan by itself, and the chain of a whole model's products.
+
+    python -m bench.kernels linear [--sweep] [--shapes 8b 0.6b] [--rows 1 8 64]
+
+A figure is the time of one launch within a captured graph whose launches read different weights, several times the L2
+cache together; it stands beside the copy bandwidth of the same run. `--sweep` tries many plans a shape and prints the
+best ones as entries of cuda_kernels/data/small_linear.json.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import queue
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from cuda_kernels import small_linear
+from cuda_kernels.small_linear_plan import LIBRARY, Plan, plan_of
+
+EPS = 1e-5
+SHARED_BYTES = 227 << 10  # of a multiprocessor
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """One of a layer's products. kind: norm, add, gated or head."""
+
+    name: str
+    kind: str
+    num_out: int
+    inner: int
+
+    @property
+    def weight_bytes(self) -> int:
+        return 2 * self.num_out * self.inner
+
+
+MODELS = {
+    "8b": (32, (Product("qkv", "norm", 6144, 4096), Product("o", "add", 4096, 4096),
+                Product("gate_up", "gated", 28672, 4096), Product("down", "add", 4096, 14336)),
+           Product("head", "head", 128256, 4096)),
+    "0.6b": (28, (Product("qkv", "norm", 4096, 1024), Product("o", "add", 1024, 2048),
+                  Product("gate_up", "gated", 6144, 1024), Product("down", "add", 1024, 3072)),
+             Product("head", "head", 151936, 1024)),
+    "4b": (36, (Product("qkv", "norm", 6144, 2560), Product("o", "add", 2560, 4096),
+                Product("gate_up", "gated", 19456, 2560), Product("down", "add", 2560, 9728)),
+           Product("head", "head", 151936, 2560)),
+}  # fmt: skip
+
+
+def make_weight(product: Product) -> Tensor:
+    weight = torch.empty(product.num_out, product.inner, device="cuda", dtype=torch.bfloat16)
+    return weight.normal_(0, product.inner**-0.5)
+
+
+def make_inputs(product: Product, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T, I], norm weight [I], residual [T, O]."""
+    x = torch.randn(rows, product.inner, device="cuda", dtype=torch.bfloat16)
+    gain = torch.rand(product.inner, device="cuda") + 0.5
+    return x, gain, torch.randn(rows, product.num_out, device="cuda", dtype=torch.bfloat16)
+
+
+def call(product: Product, inputs: tuple[Tensor, Tensor, Tensor], weight: Tensor, plan: Plan | None) -> Tensor:
+    x, gain, residual = inputs
+    if product.kind == "norm":
+        return small_linear.norm_linear(x, gain, EPS, 0.0, weight, plan=plan)
+    if product.kind == "add":
+        return small_linear.linear_add(x, weight, None, residual, plan=plan)
+    if product.kind == "gated":
+        return small_linear.norm_gated(x, gain, EPS, 0.0, weight, plan=plan)
+    return small_linear.head(x, gain, EPS, 0.0, weight, plan=plan)
+
+
+def expected(product: Product, inputs: tuple[Tensor, Tensor, Tensor], weight: Tensor) -> Tensor:
+    """The same in float64, with the normed row rounded as the activations are."""
+    x, gain, residual = (t.double() for t in inputs)
+    if product.kind != "add":
+        x = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * gain).bfloat16().double()
+    y = x @ weight.double().t()
+    if product.kind == "gated":
+        first, second = y.chunk(2, -1)
+        return torch.nn.functional.silu(first) * second
+    return y + residual if product.kind == "add" else y
+
+
+def relative_error(product: Product, rows: int, plan: Plan | None) -> float:
+    inputs, weight = make_inputs(product, rows), make_weight(product)
+    want = expected(product, inputs, weight)
+    return float((call(product, inputs, weight, plan).double() - want).norm() / want.norm())
+
+
+def graph_seconds(run: Callable[[], object], launches: int, replays: int = 5) -> float:
+    """Median time of one of the `launches` of a captured run."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    times = []
+    graph.replay()
+    for _ in range(replays):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return sorted(times)[len(times) // 2] / launches
+
+
+def product_seconds(product: Product, rows: int, plan: Plan | None, weights: list[Tensor]) -> float:
+    inputs = make_inputs(product, rows)
+    turns = weights * max(1, 12 // len(weights))
+    return graph_seconds(lambda: [call(product, inputs, weight, plan) for weight in turns], len(turns))
+
+
+def chain_seconds(model: str, rows: int, plan: Plan | None) -> tuple[float, int]:
+    """All products of a model, one layer after another, then its head. -> (seconds, bytes of its weights)."""
+    layers, products, last = MODELS[model]
+    weights = [[make_weight(product) for product in products] for _ in range(layers)]
+    head = make_weight(last)
+    inputs = {product: make_inputs(product, rows) for product in (*products, last)}
+
+    def run() -> None:
+        for layer in weights:
+            for product, weight in zip(products, layer, strict=True):
+                call(product, inputs[product], weight, plan)
+        call(last, inputs[last], head, plan)
+
+    total = layers * sum(product.weight_bytes for product in products) + last.weight_bytes
+    return graph_seconds(run, 1), total
+
+
+def vector_plans(product: Product) -> Iterator[Plan]:
+    padded = 1 << (product.inner - 1).bit_length()
+    for block_out in (1, 2, 4, 8, 16):
+        for warps in (4, 8):
+            for stages in (1, 2, 3, 4, 5):
+                for programs in (1, 2, 3, 4, 8):
+                    size = block_out * padded * 2 * (2 if product.kind == "gated" else 1)
+                    shared = max(stages - 1, 1) * size * programs
+                    held = padded // (32 * warps)  # registers of the row in each thread
+                    if stages > 1 and not 60_000 <= shared <= SHARED_BYTES:
+                        continue
+                    if held > 64 or (stages == 1 and (shared < 60_000 or size > 48_000)):
+                        continue
+                    for request in (0, 2):
+                        yield Plan(kernel="vector", block_out=block_out, warps=warps, stages=stages,
+                                   programs=programs, request=request)  # fmt: skip
+
+
+def tile_plans(product: Product, rows: int) -> Iterator[Plan]:
+    gated = product.kind == "gated"
+    outs = product.num_out // 2 if gated else product.num_out
+    for block_out in (16, 32, 64, 128):
+        for block_in in (64, 128, 256):
+            for splits in (1, 2, 3, 4, 6, 8):
+                count = -(-outs // block_out) * splits
+                blocks = -(-product.inner // block_in)
+                if blocks % splits or blocks // splits < 4 or (splits > 1 and count > 800) or count < 96:
+                    continue
+                for stages in (3, 4, 5, 7):
+                    stage = 2 * block_in * (block_out * (2 if gated else 1) + max(16, rows))
+                    shared = (stages - 1) * stage
+                    if not 30_000 <= shared <= SHARED_BYTES or block_out * max(16, rows) * (1 + gated) > 64 * 256:
+                        continue
+                    for apart in (False, True) if product.kind in ("norm", "gated", "head") else (False,):
+                        yield Plan(kernel="tile", block_out=block_out, block_in=block_in, splits=splits, stages=stages,
+                                   warps=8 if block_out == 128 else 4, request=4, norm_apart=apart)  # fmt: skip
+
+
+def plans_of(product: Product, rows: int, most: int, seed: int = 0) -> list[Plan]:
+    every = list(tile_plans(product, rows))
+    random.Random(seed).shuffle(every)
+    if rows > 1:
+        return every[:most]
+    vectors = list(vector_plans(product))
+    random.Random(seed).shuffle(vectors)
+    return vectors[: most * 3 // 4] + every[: most // 4]
+
+
+Job = tuple[Product, int, Plan]
+
+
+def compile_jobs(jobs: multiprocessing.Queue[Job], done: multiprocessing.Queue[tuple[Job, float]]) -> None:
+    """A worker: runs each plan once, so that the timing process finds it compiled, and checks it."""
+    while True:
+        try:
+            product, rows, plan = jobs.get(timeout=1)
+        except queue.Empty:
+            return
+        error = float("nan")
+        try:
+            error = relative_error(product, rows, plan)
+        except Exception as problem:
+            print("not possible:", product.name, rows, plan, repr(problem)[:160], flush=True)
+        done.put(((product, rows, plan), error))
+
+
+def compiled(jobs: list[Job], workers: int, seconds: float) -> list[Job]:
+    """The jobs that were compiled, and were right, within this time."""
+    context = multiprocessing.get_context("spawn")
+    todo: multiprocessing.Queue[Job] = context.Queue()
+    done: multiprocessing.Queue[tuple[Job, float]] = context.Queue()
+    for job in jobs:
+        todo.put(job)
+    crew = [context.Process(target=compile_jobs, args=(todo, done), daemon=True) for _ in range(workers)]
+    for worker in crew:
+        worker.start()
+    until, fit, wrong = time.monotonic() + seconds, [], 0
+    left = len(jobs)
+    while left and time.monotonic() < until:
+        try:
+            job, error = done.get(timeout=1)
+        except queue.Empty:
+            continue
+        left -= 1
+        if error < 6e-3:
+            fit.append(job)
+        elif error == error:
+            wrong += 1
+            print("WRONG", error, job, flush=True)
+    for worker in crew:
+        worker.kill()
+    print(f"compiled {len(fit)} of {len(jobs)} plans, {wrong} wrong, {left} not reached", flush=True)
+    return fit
+
+
+def sweep(models: list[str], row_counts: list[int], bandwidth: float, most: int, seconds: float) -> list[dict]:
+    """Times many plans of each shape and prints the best. -> entries of the table."""
+    jobs = [
+        (product, rows, plan)
+        for model in models
+        for product in (*MODELS[model][1], *((MODELS[model][2],) if model == models[0] else ()))
+        for rows in row_counts
+        for plan in plans_of(product, rows, most)
+    ]
+    random.Random(1).shuffle(jobs)
+    fit = compiled(jobs, 14, seconds)
+    entries = []
+    for product in dict.fromkeys(job[0] for job in jobs):
+        count = max(1, min(12, (900 << 20) // product.weight_bytes))
+        weights = [make_weight(product) for _ in range(count)]
+        for rows in row_counts:
+            times = [(product_seconds(product, rows, LIBRARY, weights), LIBRARY)]
+            for _, _, plan in (job for job in fit if job[:2] == (product, rows)):
+                times.append((product_seconds(product, rows, plan, weights), plan))
+            times.sort(key=lambda pair: pair[0])
+            library = next(seconds for seconds, plan in times if plan is LIBRARY)
+            print(f"{product.name} {product.num_out}x{product.inner} rows {rows}: cuBLAS {library * 1e6:.1f} us, "
+                  f"floor {product.weight_bytes / bandwidth * 1e6:.1f}", flush=True)  # fmt: skip
+            for seconds_, plan in times[:4]:
+                share = product.weight_bytes / seconds_ / bandwidth
+                print(f"   {seconds_ * 1e6:7.2f} us {share:5.1%} {short(plan)}", flush=True)
+            entries.append({"gated": product.kind == "gated", "shape": [product.num_out, product.inner], "rows": rows,
+                            "us": round(times[0][0] * 1e6, 2), "plan": short(times[0][1])})  # fmt: skip
+        del weights
+    return entries
+
+
+def short(plan: Plan) -> dict:
+    """What of a plan is not default."""
+    default = asdict(Plan(kernel=plan.kernel))
+    return {name: value for name, value in asdict(plan).items() if name == "kernel" or value != default[name]}
+
+
+def table(models: list[str], row_counts: list[int], bandwidth: float) -> None:
+    """Each shape and each chain, by the table's plans and by cuBLAS with norm, residual and gate apart."""
+    for model in models:
+        for rows in row_counts:
+            for product in (*MODELS[model][1], MODELS[model][2]):
+                weights = [make_weight(product) for _ in range(max(1, min(12, (900 << 20) // product.weight_bytes)))]
+                plan = plan_of(rows, product.num_out, product.inner, product.kind == "gated")
+                ours, library = (product_seconds(product, rows, p, weights) for p in (None, LIBRARY))
+                print(f"{model} {product.name:8s} rows {rows:3d}: {ours * 1e6:7.2f} us, "
+                      f"{product.weight_bytes / ours / bandwidth:5.1%} of the copy bandwidth, cuBLAS "
+                      f"{library * 1e6:7.2f} us, {plan.kernel}", flush=True)  # fmt: skip
+                del weights
+            for name, plan in (("ours", None), ("cuBLAS", LIBRARY)):
+                seconds, total = chain_seconds(model, rows, plan)
+                print(f"{model} chain    rows {rows:3d}: {seconds * 1e3:7.3f} ms, {total / seconds / bandwidth:5.1%}, "
+                      f"floor {total / bandwidth * 1e3:.3f} ms, {name}", flush=True)  # fmt: skip
+
+
+def main(arguments: list[str], bandwidth: float) -> int:
+    import argparse
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["8b"], choices=list(MODELS))
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--most", type=int, default=40, help="plans of a shape and number of rows that a sweep tries")
+    parser.add_argument("--seconds", type=float, default=45, help="for compiling a sweep's plans")
+    args = parser.parse_args(arguments)
+    if args.sweep:
+        for entry in sweep(args.models, args.rows, bandwidth, args.most, args.seconds):
+            print(json.dumps(entry))
+        return 0
+    table(args.models, args.rows, bandwidth)
+    return 0
+
+
+if __name__ == "__main__":
+    from bench.ceilings import copy_bandwidth
+
+    sys.exit(main(sys.argv[1:], copy_bandwidth()))

@@ -1,0 +1,265 @@
+"""Triton kernels of small_linear.py: products of few rows with [out, in] weights, bound by the weights' bytes.
+
+`vector_kernel` takes one row: persistent programs, the row in registers, whole weight rows streamed through shared
+memory. `tile_kernel` takes more: the weight tile is the M side of the tensor-core product, the tokens the N side; with
+several splits of the inner axis the last program of a tile merges the partial sums in split order, so results do not
+depend on who came last. Both can norm the row on the way in, and gate or add a residual on the way out.
+DEPENDENT: launched while the kernel before still runs (sm_90); nothing but weights is touched before `arrive`.
+Letters: T rows · I in · O out · F = O / 2 of a gated product.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+
+ACTIVATIONS = {"": 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
+LINE = tl.constexpr(128)  # bytes of a cache line
+
+
+@triton.jit
+def activate(x, KIND: tl.constexpr):
+    if KIND == 1:
+        return x * tl.sigmoid(x)
+    if KIND == 2:
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        return x * tl.sigmoid(2 * inner)  # 0.5 * (1 + tanh(y)) = sigmoid(2 y)
+    return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def arrive(DEPENDENT: tl.constexpr):
+    """Let the next kernel's programs in, then wait for the results of the kernel before."""
+    if DEPENDENT:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
+
+
+@triton.jit
+def request(pointers):
+    """Ask the L2 cache for the lines at these addresses."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def vector_kernel(
+    x,  # [I]
+    norm_weight,  # f32 [I]
+    weight,  # [O, I]
+    bias,  # [O]
+    residual,  # [O]
+    out,  # [O], or [F] if gated
+    num_out,  # rows of out
+    eps,
+    offset,
+    INNER: tl.constexpr,
+    BLOCK_IN: tl.constexpr,  # power of two >= INNER
+    BLOCK_OUT: tl.constexpr,
+    TRIPS: tl.constexpr,  # tiles of a program
+    STAGES: tl.constexpr,
+    REQUEST: tl.constexpr,  # tiles asked for before the wait
+    NORM: tl.constexpr,
+    KIND: tl.constexpr,  # of activation; 0: not gated
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    first, step = tl.program_id(0), tl.num_programs(0)
+    inner = tl.arange(0, BLOCK_IN)
+    rows = tl.arange(0, BLOCK_OUT)
+    inside = inner < INNER
+    up = num_out.to(tl.int64) * INNER
+    if DEPENDENT:
+        cuda.gdc_launch_dependents()
+        if REQUEST > 0:
+            PER_LINE: tl.constexpr = LINE // (weight.dtype.element_ty.primitive_bitwidth // 8)
+            starts = tl.minimum(tl.arange(0, BLOCK_IN // PER_LINE) * PER_LINE, INNER - 1)
+            for ahead in tl.static_range(REQUEST):
+                asked = tl.minimum((first + ahead * step) * BLOCK_OUT + rows, num_out - 1)
+                lines = weight + asked[:, None].to(tl.int64) * INNER + starts[None, :]
+                request(lines)
+                if KIND > 0:
+                    request(lines + up)
+    row = tl.zeros((BLOCK_IN,), tl.float32)
+    gain = row
+    if NORM:
+        gain = tl.load(norm_weight + inner, mask=inside, other=0.0).to(tl.float32) + offset
+    for trip in tl.range(0, TRIPS, num_stages=STAGES):
+        at = (first + trip * step) * BLOCK_OUT + rows
+        clamped = tl.minimum(at, num_out - 1)
+        places = weight + clamped[:, None].to(tl.int64) * INNER + inner[None, :]
+        wanted = (at < num_out)[:, None] & inside[None, :]
+        w = tl.load(places, mask=wanted, other=0.0, eviction_policy="evict_first")
+        if trip == 0:  # behind the loads of the first tiles, which are in flight while this waits
+            if DEPENDENT:
+                cuda.gdc_wait()
+            row = tl.load(x + inner, mask=inside, other=0.0).to(tl.float32)
+            if NORM:
+                scale = tl.rsqrt(tl.sum(row * row, 0) / INNER + eps)
+                row = (row * scale * gain).to(x.dtype.element_ty).to(tl.float32)
+        added = tl.zeros((BLOCK_OUT,), tl.float32)  # loaded here, used below: its latency is that of the weights
+        if BIAS:
+            added += tl.load(bias + clamped).to(tl.float32)
+        if RESIDUAL:
+            added += tl.load(residual + clamped).to(tl.float32)
+        y = tl.sum(w.to(tl.float32) * row[None, :], 1) + added
+        if KIND > 0:
+            v = tl.load(places + up, mask=wanted, other=0.0, eviction_policy="evict_first")
+            z = tl.sum(v.to(tl.float32) * row[None, :], 1)
+            if BIAS:
+                z += tl.load(bias + num_out + clamped).to(tl.float32)
+            y = activate(y, KIND) * z
+        tl.store(out + at, y.to(out.dtype.element_ty), mask=at < num_out)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def tile_kernel(
+    x,  # [T, I]
+    norm_weight,  # f32 [I]
+    weight,  # [O, I]
+    bias,  # [O]
+    residual,  # [T, O]
+    out,  # [T, O], or [T, F] if gated
+    partials,  # f32, a (tile, split) has its sums and, if normed, its squares
+    counters,  # i32 [tiles], zeros before and after
+    num_rows,
+    num_out,
+    eps,
+    offset,
+    INNER: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+    REQUEST: tl.constexpr,  # blocks of the inner axis asked for before the wait
+    NORM: tl.constexpr,
+    KIND: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):
+    tile, split = tl.program_id(0), tl.program_id(1)
+    first_row = tl.program_id(2) * BLOCK_ROWS
+    BLOCKS: tl.constexpr = (INNER + BLOCK_IN - 1) // BLOCK_IN
+    SHARE: tl.constexpr = (BLOCKS + SPLITS - 1) // SPLITS * BLOCK_IN
+    EVEN: tl.constexpr = INNER % (BLOCK_IN * SPLITS) == 0
+    at = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    clamped = tl.minimum(at, num_out - 1)
+    up = num_out.to(tl.int64) * INNER
+    begin = split * SHARE
+    weights = weight + clamped[:, None].to(tl.int64) * INNER
+    if DEPENDENT:
+        cuda.gdc_launch_dependents()
+        if REQUEST > 0:
+            PER_LINE: tl.constexpr = LINE // (weight.dtype.element_ty.primitive_bitwidth // 8)
+            starts = begin + tl.arange(0, REQUEST * BLOCK_IN // PER_LINE) * PER_LINE
+            lines = weights + tl.minimum(starts, INNER - 1)[None, :]
+            request(lines)
+            if KIND > 0:
+                request(lines + up)
+        cuda.gdc_wait()
+    row = first_row + tl.arange(0, BLOCK_ROWS)
+    inputs = x + tl.minimum(row, num_rows - 1)[:, None].to(tl.int64) * INNER
+    sums = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
+    gates = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)  # the second half's sums of a gated product
+    squares = tl.zeros((BLOCK_ROWS, BLOCK_IN), tl.float32)
+    for k in tl.range(0, SHARE, BLOCK_IN, num_stages=STAGES):
+        inner = begin + k + tl.arange(0, BLOCK_IN)
+        places = weights + inner[None, :]
+        if EVEN:
+            w = tl.load(places, eviction_policy="evict_first")
+            a = tl.load(inputs + inner[None, :])
+        else:
+            inside = inner < INNER
+            w = tl.load(places, mask=inside[None, :], other=0.0, eviction_policy="evict_first")
+            a = tl.load(inputs + inner[None, :], mask=inside[None, :], other=0.0)
+        if NORM:
+            wide = a.to(tl.float32)
+            squares += wide * wide
+            gain = tl.load(norm_weight + tl.minimum(inner, INNER - 1)).to(tl.float32) + offset
+            a = (wide * gain[None, :]).to(a.dtype)
+        sums = tl.dot(w, tl.trans(a), sums, input_precision="ieee")
+        if KIND > 0:
+            if EVEN:
+                v = tl.load(places + up, eviction_policy="evict_first")
+            else:
+                v = tl.load(
+                    weights + up + inner[None, :], mask=inside[None, :], other=0.0, eviction_policy="evict_first"
+                )
+            gates = tl.dot(v, tl.trans(a), gates, input_precision="ieee")
+    square = tl.sum(squares, 1)
+    PARTS: tl.constexpr = 2 if KIND > 0 else 1
+    STRIDE: tl.constexpr = BLOCK_ROWS * (PARTS * BLOCK_OUT + 1)
+    if SPLITS > 1:
+        group = tl.program_id(2) * tl.num_programs(0) + tile
+        cells = tl.arange(0, BLOCK_OUT)[:, None] * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[None, :]
+        tail = PARTS * BLOCK_OUT * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        mine = partials + (group * SPLITS + split).to(tl.int64) * STRIDE
+        tl.store(mine + cells, sums)
+        if KIND > 0:
+            tl.store(mine + BLOCK_OUT * BLOCK_ROWS + cells, gates)
+        if NORM:
+            tl.store(mine + tail, square)
+        tl.debug_barrier()  # all threads' stores come before the release below
+        if tl.atomic_add(counters + group, 1, sem="acq_rel") < SPLITS - 1:
+            return
+        tl.store(counters + group, 0)
+        sums = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
+        gates = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
+        square = tl.zeros((BLOCK_ROWS,), tl.float32)
+        for s in tl.static_range(SPLITS):
+            other = partials + (group * SPLITS + s).to(tl.int64) * STRIDE
+            sums += tl.load(other + cells, cache_modifier=".cg")
+            if KIND > 0:
+                gates += tl.load(other + BLOCK_OUT * BLOCK_ROWS + cells, cache_modifier=".cg")
+            if NORM:
+                square += tl.load(other + tail, cache_modifier=".cg")
+    if NORM:
+        scale = tl.rsqrt(square / INNER + eps)
+        sums *= scale[None, :]
+        gates *= scale[None, :]
+    if BIAS:
+        sums += tl.load(bias + clamped).to(tl.float32)[:, None]
+    if KIND > 0:
+        if BIAS:
+            gates += tl.load(bias + num_out + clamped).to(tl.float32)[:, None]
+        sums = activate(sums, KIND) * gates
+    targets = row[None, :].to(tl.int64) * num_out + at[:, None]
+    mask = (row[None, :] < num_rows) & (at[:, None] < num_out)
+    if RESIDUAL:
+        sums += tl.load(residual + targets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + targets, sums.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def norm_kernel(x, norm_weight, out, eps, offset, INNER: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+    """A row a program. x, out: [T, I]; norm_weight: f32 [I]."""
+    arrive(DEPENDENT)
+    start = tl.program_id(0).to(tl.int64) * INNER
+    inner = tl.arange(0, BLOCK)
+    inside = inner < INNER
+    row = tl.load(x + start + inner, mask=inside, other=0.0).to(tl.float32)
+    gain = tl.load(norm_weight + inner, mask=inside, other=0.0).to(tl.float32) + offset
+    scale = tl.rsqrt(tl.sum(row * row, 0) / INNER + eps)
+    tl.store(out + start + inner, (row * scale * gain).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gate_kernel(pair, out, num_out, BLOCK: tl.constexpr, KIND: tl.constexpr, DEPENDENT: tl.constexpr):
+    """act(gate) * up. pair: [T, 2F]; out: [T, F]; num_out: F."""
+    arrive(DEPENDENT)
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < num_out
+    gate = tl.load(pair + 2 * row * num_out + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(pair + (2 * row + 1) * num_out + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * num_out + at, (activate(gate, KIND) * up).to(out.dtype.element_ty), mask=inside)
