@@ -121,21 +121,39 @@ def product_seconds(product: Product, rows: int, plan: Plan | None, weights: lis
     return graph_seconds(lambda: [call(product, inputs, weight, plan) for weight in turns], len(turns))
 
 
-def chain_seconds(model: str, rows: int, plan: Plan | None) -> tuple[float, int]:
-    """All products of a model, one layer after another, then its head. -> (seconds, bytes of its weights)."""
+def chain_weights(model: str) -> list[tuple[Product, Tensor]]:
+    """All products of a model in order, each with a weight of its own, then the head."""
     layers, products, last = MODELS[model]
-    weights = [[make_weight(product) for product in products] for _ in range(layers)]
-    head = make_weight(last)
-    inputs = {product: make_inputs(product, rows) for product in (*products, last)}
+    return [(product, make_weight(product)) for _ in range(layers) for product in products] + [
+        (last, make_weight(last))
+    ]
+
+
+def chain_seconds(chain: list[tuple[Product, Tensor]], rows: int, plans: dict[Product, Plan] | None) -> float:
+    """One captured run of a chain. plans: for each product; None = the table's."""
+    inputs = {product: make_inputs(product, rows) for product, _ in chain}
+    plans = plans or {}
 
     def run() -> None:
-        for layer in weights:
-            for product, weight in zip(products, layer, strict=True):
-                call(product, inputs[product], weight, plan)
-        call(last, inputs[last], head, plan)
+        for product, weight in chain:
+            call(product, inputs[product], weight, plans.get(product))
 
-    total = layers * sum(product.weight_bytes for product in products) + last.weight_bytes
-    return graph_seconds(run, 1), total
+    return graph_seconds(run, 1)
+
+
+def print_chain(model: str, row_counts: list[int], bandwidth: float, named: dict[str, dict[int, dict]]) -> None:
+    """named: sets of plans, each by rows and product."""
+    chain = chain_weights(model)
+    total = sum(product.weight_bytes for product, _ in chain)
+    for rows in row_counts:
+        for name, plans in named.items():
+            seconds = chain_seconds(chain, rows, plans.get(rows))
+            print(f"{model} chain rows {rows:3d}: {seconds * 1e3:7.3f} ms, {total / seconds / bandwidth:5.1%}, "
+                  f"floor {total / bandwidth * 1e3:.3f} ms, {name}", flush=True)  # fmt: skip
+
+
+def library_plans(model: str, row_counts: list[int]) -> dict[int, dict]:
+    return {rows: dict.fromkeys((*MODELS[model][1], MODELS[model][2]), LIBRARY) for rows in row_counts}
 
 
 def vector_plans(product: Product) -> Iterator[Plan]:
@@ -169,21 +187,21 @@ def tile_plans(product: Product, rows: int) -> Iterator[Plan]:
                 for stages in (3, 4, 5, 7):
                     stage = 2 * block_in * (block_out * (2 if gated else 1) + max(16, rows))
                     shared = (stages - 1) * stage
-                    if not 30_000 <= shared <= SHARED_BYTES or block_out * max(16, rows) * (1 + gated) > 64 * 256:
+                    if not 30_000 <= shared <= 160_000 or block_out * max(16, rows) * (1 + gated) > 64 * 256:
                         continue
                     for apart in (False, True) if product.kind in ("norm", "gated", "head") else (False,):
                         yield Plan(kernel="tile", block_out=block_out, block_in=block_in, splits=splits, stages=stages,
                                    warps=8 if block_out == 128 else 4, request=4, norm_apart=apart)  # fmt: skip
 
 
-def plans_of(product: Product, rows: int, most: int, seed: int = 0) -> list[Plan]:
+def plans_of(product: Product, rows: int, most: int, seed: int) -> list[Plan]:
     every = list(tile_plans(product, rows))
     random.Random(seed).shuffle(every)
     if rows > 1:
         return every[:most]
     vectors = list(vector_plans(product))
     random.Random(seed).shuffle(vectors)
-    return vectors[: most * 3 // 4] + every[: most // 4]
+    return vectors[:most]
 
 
 Job = tuple[Product, int, Plan]
@@ -233,20 +251,21 @@ def compiled(jobs: list[Job], workers: int, seconds: float) -> list[Job]:
     return fit
 
 
-def sweep(models: list[str], row_counts: list[int], bandwidth: float, most: int, seconds: float) -> list[dict]:
-    """Times many plans of each shape and prints the best. -> entries of the table."""
+def sweep(models: list[str], row_counts: list[int], bandwidth: float, most: int, seconds: float, seed: int) -> None:
+    """Times many plans of each shape, prints the best, and the chains of the best."""
     jobs = [
         (product, rows, plan)
         for model in models
-        for product in (*MODELS[model][1], *((MODELS[model][2],) if model == models[0] else ()))
+        for product in MODELS[model][1]
         for rows in row_counts
-        for plan in plans_of(product, rows, most)
+        for plan in plans_of(product, rows, most, seed)
     ]
     random.Random(1).shuffle(jobs)
     fit = compiled(jobs, 14, seconds)
+    best: dict[int, dict[Product, Plan]] = {rows: {} for rows in row_counts}
     entries = []
     for product in dict.fromkeys(job[0] for job in jobs):
-        count = max(1, min(12, (900 << 20) // product.weight_bytes))
+        count = max(1, min(64, (500 << 20) // product.weight_bytes))
         weights = [make_weight(product) for _ in range(count)]
         for rows in row_counts:
             times = [(product_seconds(product, rows, LIBRARY, weights), LIBRARY)]
@@ -259,10 +278,14 @@ def sweep(models: list[str], row_counts: list[int], bandwidth: float, most: int,
             for seconds_, plan in times[:4]:
                 share = product.weight_bytes / seconds_ / bandwidth
                 print(f"   {seconds_ * 1e6:7.2f} us {share:5.1%} {short(plan)}", flush=True)
+            best[rows][product] = times[0][1]
             entries.append({"gated": product.kind == "gated", "shape": [product.num_out, product.inner], "rows": rows,
                             "us": round(times[0][0] * 1e6, 2), "plan": short(times[0][1])})  # fmt: skip
         del weights
-    return entries
+    for entry in entries:
+        print(json.dumps(entry), flush=True)
+    for model in models:
+        print_chain(model, row_counts, bandwidth, {"best": best, "cuBLAS": library_plans(model, row_counts)})
 
 
 def short(plan: Plan) -> dict:
@@ -276,17 +299,14 @@ def table(models: list[str], row_counts: list[int], bandwidth: float) -> None:
     for model in models:
         for rows in row_counts:
             for product in (*MODELS[model][1], MODELS[model][2]):
-                weights = [make_weight(product) for _ in range(max(1, min(12, (900 << 20) // product.weight_bytes)))]
+                weights = [make_weight(product) for _ in range(max(1, min(64, (500 << 20) // product.weight_bytes)))]
                 plan = plan_of(rows, product.num_out, product.inner, product.kind == "gated")
                 ours, library = (product_seconds(product, rows, p, weights) for p in (None, LIBRARY))
                 print(f"{model} {product.name:8s} rows {rows:3d}: {ours * 1e6:7.2f} us, "
                       f"{product.weight_bytes / ours / bandwidth:5.1%} of the copy bandwidth, cuBLAS "
                       f"{library * 1e6:7.2f} us, {plan.kernel}", flush=True)  # fmt: skip
                 del weights
-            for name, plan in (("ours", None), ("cuBLAS", LIBRARY)):
-                seconds, total = chain_seconds(model, rows, plan)
-                print(f"{model} chain    rows {rows:3d}: {seconds * 1e3:7.3f} ms, {total / seconds / bandwidth:5.1%}, "
-                      f"floor {total / bandwidth * 1e3:.3f} ms, {name}", flush=True)  # fmt: skip
+        print_chain(model, row_counts, bandwidth, {"ours": {}, "cuBLAS": library_plans(model, row_counts)})
 
 
 def main(arguments: list[str], bandwidth: float) -> int:
@@ -298,10 +318,10 @@ def main(arguments: list[str], bandwidth: float) -> int:
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--most", type=int, default=40, help="plans of a shape and number of rows that a sweep tries")
     parser.add_argument("--seconds", type=float, default=45, help="for compiling a sweep's plans")
+    parser.add_argument("--seed", type=int, default=0, help="which of a sweep's plans")
     args = parser.parse_args(arguments)
     if args.sweep:
-        for entry in sweep(args.models, args.rows, bandwidth, args.most, args.seconds):
-            print(json.dumps(entry))
+        sweep(args.models, args.rows, bandwidth, args.most, args.seconds, args.seed)
         return 0
     table(args.models, args.rows, bandwidth)
     return 0
