@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cuda_kernels.attention_decode import (
     Workspace,
@@ -92,6 +93,7 @@ def attend_tiles(
     MASKED: tl.constexpr,
     STAGES: tl.constexpr,
     ACT: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """Online softmax over the keys [low, high), whole tiles; unless MASKED every query sees all of them."""
     keys = tl.arange(0, BLOCK_C)
@@ -100,13 +102,15 @@ def attend_tiles(
     for at in tl.range(low, high, BLOCK_C, num_stages=STAGES):
         page = ahead
         ahead = page_of(table, at + BLOCK_C, high, PAGE, BLOCK_C)
-        places = key_offsets(table, page, keys, at, end, kv_head, NUM_KV_HEADS, PAGE, HEAD, BLOCK_C)
-        if BLOCK_H == HEAD:
-            k = tl.load(k_pages + places[:, None] + dims[None, :])
-            v = tl.load(v_pages + places[:, None] + dims[None, :])
+        if TMA:  # k_pages, v_pages: descriptors of [P * K * page, H]
+            place = (page * NUM_KV_HEADS + kv_head) * PAGE + at % PAGE
+            k = k_pages.load([place, 0])
+            v = v_pages.load([place, 0])
         else:
-            k = tl.load(k_pages + places[:, None] + dims[None, :], mask=dims[None, :] < HEAD, other=0.0)
-            v = tl.load(v_pages + places[:, None] + dims[None, :], mask=dims[None, :] < HEAD, other=0.0)
+            places = key_offsets(table, page, keys, at, end, kv_head, NUM_KV_HEADS, PAGE, HEAD, BLOCK_C)
+            mask = (dims < HEAD)[None, :]
+            k = tl.load(k_pages + places[:, None] + dims[None, :], mask=mask, other=0.0)
+            v = tl.load(v_pages + places[:, None] + dims[None, :], mask=mask, other=0.0)
         if CAP or MASKED:
             s = scores_of(q, tl.trans(k.to(ACT)), factor, cap, CAP)
             if MASKED:
@@ -156,6 +160,7 @@ def ragged_kernel(
     CAP: tl.constexpr,
     SINKS: tl.constexpr,
     STAGES: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     ACT: tl.constexpr = q.dtype.element_ty
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
@@ -186,11 +191,11 @@ def ragged_kernel(
     total = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
     top, weight, total = attend_tiles(
         queries, top, weight, total, k_pages, v_pages, table, positions, begin, open_end, end, kv_head, factor, cap,
-        NUM_KV_HEADS, HEAD, BLOCK_H, BLOCK_C, PAGE, WINDOW, CAP, WINDOW > 0, STAGES, ACT,
+        NUM_KV_HEADS, HEAD, BLOCK_H, BLOCK_C, PAGE, WINDOW, CAP, WINDOW > 0, STAGES, ACT, TMA,
     )  # fmt: skip
     top, weight, total = attend_tiles(
         queries, top, weight, total, k_pages, v_pages, table, positions, open_end, end, end, kv_head, factor, cap,
-        NUM_KV_HEADS, HEAD, BLOCK_H, BLOCK_C, PAGE, WINDOW, CAP, True, STAGES, ACT,
+        NUM_KV_HEADS, HEAD, BLOCK_H, BLOCK_C, PAGE, WINDOW, CAP, True, STAGES, ACT, TMA,
     )  # fmt: skip
     weight, total = add_sinks(sinks, head, top, weight, total, SINKS)
     tl.store(out + places, (total * (v_scale / weight)[:, None]).to(out.dtype.element_ty), mask=wanted)
@@ -202,6 +207,10 @@ def blocks(head_size: int, item_bytes: int) -> tuple[int, int, int]:
     if row_bytes <= 256:
         return 64, 3, 8
     return (64, 2, 8) if row_bytes <= 512 else (32, 1, 8)
+
+
+def has_tma(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def ragged_attention(
@@ -235,13 +244,20 @@ def ragged_attention(
     group = num_heads // kv_heads
     block, stages, warps = blocks(head_size, q.element_size())
     if len(work.tiles):
+        tma = has_tma(q.device) and page % block == 0 and head_size == triton.next_power_of_2(head_size)
+        keys, values = cache[layer, 0], cache[layer, 1]
+        if tma:
+            keys, values = (
+                TensorDescriptor.from_tensor(x.view(-1, head_size), [block, head_size]) for x in (keys, values)
+            )
         factor, cap = score_factors(scale, logit_cap, kv_scales[0])
         ragged_kernel[(len(work.tiles) * kv_heads,)](
-            q, out, cache[layer, 0], cache[layer, 1], page_table, slots, query_starts, lengths, work.tiles, sinks,
+            q, out, keys, values, page_table, slots, query_starts, lengths, work.tiles, sinks,
             page_table.stride(0), factor, cap, kv_scales[1],
             NUM_HEADS=num_heads, NUM_KV_HEADS=kv_heads, HEAD=head_size, BLOCK_H=triton.next_power_of_2(head_size),
             BLOCK_M=max(16, triton.next_power_of_2(work.q_tile * group)), BLOCK_C=block, Q_TILE=work.q_tile, PAGE=page,
-            WINDOW=window or 0, CAP=logit_cap is not None, SINKS=sinks is not None, STAGES=stages, num_warps=warps,
+            WINDOW=window or 0, CAP=logit_cap is not None, SINKS=sinks is not None, STAGES=stages, TMA=tma,
+            num_warps=warps,
         )  # fmt: skip
     if len(work.singles):
         scratch = workspace or work.workspaces.get((num_heads, head_size))

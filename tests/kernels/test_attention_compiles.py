@@ -33,13 +33,15 @@ def decode(arch: int, head: int, new: bool, page: int = 64, window: int = 0, cap
     return "cuda_kernels.attention_decode", "decode_kernel", types, constants, arch, {"num_warps": 4}
 
 
-def ragged(arch: int, head: int, page: int = 64, window: int = 0):
+def ragged(arch: int, head: int, page: int = 64, window: int = 0, tma: bool = False):
     types = POINTERS | {x: FLOATS[x] for x in ("factor", "cap", "v_scale")}
     types |= {"q": "*bf16", "out": "*bf16", "query_starts": "*i32", "tiles": "*i32", "table_stride": "i32"}
+    if tma:
+        types |= dict.fromkeys(("k_pages", "v_pages"), f"tensordesc<bf16[64, {head}]>")
     constants = {
         "sinks": None, "NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD": head, "BLOCK_H": 1 << (head - 1).bit_length(),
         "BLOCK_M": 128, "BLOCK_C": 64 if head <= 128 else 32, "Q_TILE": 32, "PAGE": page, "WINDOW": window,
-        "CAP": False, "SINKS": False, "STAGES": 2,
+        "CAP": False, "SINKS": False, "STAGES": 2, "TMA": tma,
     }  # fmt: skip
     return "cuda_kernels.attention_ragged", "ragged_kernel", types, constants, arch, {"num_warps": 8}
 
@@ -60,7 +62,8 @@ def test_kernels_compile():
     kernels = [
         decode(80, 128, True), decode(90, 128, True), decode(90, 128, False, page=48, window=1000),
         decode(90, 256, True, capped=True), decode(90, 80, True, page=16, sinks=True),
-        ragged(80, 128), ragged(90, 128), ragged(90, 256, page=16, window=512), rope(80), rope(90),
+        ragged(80, 128), ragged(90, 128), ragged(90, 128, tma=True), ragged(90, 256, page=16, window=512),
+        rope(80), rope(90),
     ]  # fmt: skip
     for (_, name, _, constants, arch, _), done in zip(kernels, compile_kernels(kernels), strict=True):
         assert done["shared"] <= SHARED_BYTES[arch], name
