@@ -3,6 +3,7 @@
     python bench/serve.py --table h200 [--only decode,throughput,ttft,prefix,small,start]
 
 bf16, dummy weights, random prompts, ignore_eos, greedy, no tokenizer, the whole engine through `LLM` with its defaults.
+A decode step is the median gap between outputs of the full batch, as it was for vLLM.
 A floor is max(weight bytes / copy bandwidth, operations / rate of large products) + KV bytes / bandwidth, for ours with
 the ceilings of this run, for vLLM with those of its own (4.3 TB/s, 670 TFLOP/s). The last column is
 (ours / its floor) / (vLLM / its floor). vLLM's figures were taken on another day, on another machine of this kind.
@@ -11,6 +12,7 @@ the ceilings of this run, for vLLM with those of its own (4.3 TB/s, 670 TFLOP/s)
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -27,6 +29,8 @@ import numpy as np
 
 from bench.ceilings import copy_bandwidth, linear_rate
 from bench.gpu import LLAMA_8B
+from cuda_kernels.compiles import count, names
+from engine.core.messages import StepOutputs
 
 ROOT = Path(__file__).resolve().parent.parent
 QWEN3_06B = {
@@ -108,7 +112,12 @@ class Bench:
             self.llm = LLM(
                 folder, load_format="dummy", skip_tokenizer_init=True, max_model_len=32768, backend="torch", **options
             )
+            self.compiled = count()
             print(f"  engine ready in {time.perf_counter() - begun:.1f} s: {self.llm.ready.startup_s}", flush=True)
+
+    def tell_compiles(self) -> None:
+        late = names()[self.compiled :]
+        print(f"  kernels compiled since ready: {len(late)}", *sorted(set(late)), sep="\n    ", flush=True)
 
     def prompts(self, count: int, length: int) -> list[list[int]]:
         return self.rng.integers(0, self.vocab, (count, length)).tolist()
@@ -127,17 +136,40 @@ class Bench:
             sys.exit(f"asked for {len(prompts)} x {tokens} tokens, got {len(outputs)} x {sorted(counts)}")
         return taken
 
+    def full_steps(self, batch: int, prompt: int, tokens: int) -> tuple[float, float, list[float]]:
+        """(seconds of a generate call, when its first step ended, gaps between steps that gave `batch` tokens)."""
+        core = self.llm._client._core
+        plain, ends = core.step, []
+
+        def timed() -> list[Any]:
+            messages = plain()
+            ends.extend((time.perf_counter(), len(m.keys) // 8) for m in messages if isinstance(m, StepOutputs))
+            return messages
+
+        core.step = timed
+        try:
+            begun = time.perf_counter()
+            whole = self.seconds(self.prompts(batch, prompt), tokens)
+        finally:
+            del core.step
+        gaps = [b - a for (a, n), (b, m) in itertools.pairwise(ends) if n == m == batch]
+        return whole, ends[0][0] - begun if ends else 0.0, gaps
+
     def decode(self, table: dict[tuple[int, int, int], tuple[float, float, float]], repeats: int) -> None:
         for (batch, prompt, outputs), (theirs, must, goal) in table.items():
-            steps = []
+            steps, wholes = [], []
             for _ in range(repeats):
-                first = self.seconds(self.prompts(batch, prompt), 1)
-                whole = self.seconds(self.prompts(batch, prompt), outputs)
-                steps.append((whole - first) / (outputs - 1) * 1e3)
+                whole, _, gaps = self.full_steps(batch, prompt, outputs)
+                steps.append(float(np.median(gaps)) * 1e3)
+                wholes.append(whole)
             context = prompt + outputs / 2
             floor = self.shape.decode_floor(batch, context, self.bandwidth, self.rate) * 1e3
             their_floor = self.shape.decode_floor(batch, context, VLLM_BANDWIDTH, VLLM_RATE) * 1e3
             report(f"decode x{batch} {prompt}/{outputs}", "ms", steps, floor, theirs, their_floor, must, goal)
+            mean = float(np.mean(gaps)) * 1e3
+            print(
+                f"    whole call {min(wholes):.2f} s; {len(gaps)} gaps, mean {mean:.2f} ms, worst {max(gaps) * 1e3:.1f}"
+            )
 
     def ttft(self) -> None:
         for length, (theirs, must, goal) in TTFT.items():
@@ -248,12 +280,14 @@ def main(arguments: list[str]) -> int:
             bench.prefix()
         if "throughput" in parts:
             bench.throughput(["A1", "A2"])
+        bench.tell_compiles()
         bench.llm.shutdown()
         del bench
     if "small" in parts:
         small = Bench(QWEN3_06B, bandwidth, rate)
         small.seconds(small.prompts(2, 64), 4)
         small.decode(chosen(SMALL_DECODE), wanted.repeats)
+        small.tell_compiles()
         small.llm.shutdown()
         del small
     if "start" in parts:

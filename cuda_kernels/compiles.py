@@ -6,12 +6,17 @@ from typing import Any
 
 from triton import knobs
 
-_count = 0
+_names: list[str] = []
 
 
 def count() -> int:
     """Variants so far. Counting begins with the first call of `begin`."""
-    return _count
+    return len(_names)
+
+
+def names() -> tuple[str, ...]:
+    """The kernels of the variants so far, in order, with their constants."""
+    return tuple(_names)
 
 
 def begin() -> None:
@@ -21,8 +26,7 @@ def begin() -> None:
     former = knobs.runtime.jit_post_compile_hook
 
     def hook(*args: Any, **options: Any) -> Any:
-        global _count
-        _count += 1
+        _names.append(str(options.get("repr", "?")))
         return None if former is None else former(*args, **options)
 
     hook.counts = True  # type: ignore[attr-defined]

@@ -79,10 +79,20 @@ class EagerSteps:
         if plain:
             largest, tokens = logits.max(dim=1)  # a NaN is its row's largest, and flags the row
         else:
-            largest, tokens = logits.amax(dim=1), pick(logits, step.sampling_slots, step.mask, tables, step.uses)
+            largest, tokens = logits.amax(dim=1), self.pick(step, logits)
         tables.advance(step.sampling_slots, tokens)
-        scores = score(logits, tokens, plan.num_logprobs) if plan.num_logprobs >= 0 else None
+        scores = self.score(logits, tokens, plan.num_logprobs) if plan.num_logprobs >= 0 else None
         outcome.finish(tokens, largest, scores)
+
+    def score(self, logits: Tensor, targets: Tensor, num_top: int) -> Scores:
+        """Raw log-probabilities. logits: f32 [L, V]; targets: i64 [L]."""
+        return score(logits, targets, num_top)
+
+    def pick(self, step: Step, logits: Tensor) -> Tensor:
+        """Token ids i64 [L] of rows that need more than the largest logit. logits: f32 [L, V]."""
+        if step.sampling_slots is None:
+            fail(f"step {step.step_id} was not prepared")
+        return pick(logits, step.sampling_slots, step.mask, self._loaded.tables, step.uses)
 
     def update_tables(self, plan: StepPlan) -> None:
         """What a plan brings before its forward pass."""
@@ -105,7 +115,7 @@ class EagerSteps:
             chosen = tables.to_device(scored.token_idx[start : start + piece].astype(np.int64))
             targets = tables.to_device(scored.targets[start : start + piece].astype(np.int64))
             safe = targets.clamp(0, vocab - 1)
-            pieces.append(score(self.logits(hidden[chosen]), safe, scored.num_top))
+            pieces.append(self.score(self.logits(hidden[chosen]), safe, scored.num_top))
         return pieces
 
     def copy_pages(self, plan: StepPlan) -> None:

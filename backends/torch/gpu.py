@@ -14,18 +14,24 @@ from torch import Tensor
 from backends.torch.batch import Batch
 from backends.torch.eager import EagerSteps
 from backends.torch.graphs import DecodeGraphs
-from backends.torch.results import Outcome
-from backends.torch.sample import argmax
+from backends.torch.results import Outcome, Scores
+from backends.torch.sample import processed
 from backends.torch.step import Loaded, Step
 from cuda_kernels import compiles
 from cuda_kernels.attention_ragged import make_work, query_tile
 from cuda_kernels.gpu_attention import GpuWork
+from cuda_kernels.sampler import sample
+from cuda_kernels.sampling import argmax
+from cuda_kernels.score import MOST_TOP, score
+from engine.errors import fail
 from engine.opened import Use
 from engine.runner import Progress
 from engine.step import I32, Sampler, StepPlan
 from torch_models.fused import FusedDecoder
 
 WARM_TOKENS = (2, 5, 9, 17, 33, 65, 129, 257, 513, 2049)  # one of each class of sizes that kernels tell apart
+TOPS = (0, 5, 20, MOST_TOP)
+WARM_SINGLES = (1, 17, 129, 1025)
 
 
 class GpuSteps(EagerSteps):
@@ -38,14 +44,19 @@ class GpuSteps(EagerSteps):
     def warm_up(self, progress: Progress | None = None) -> None:
         """Capture the decode steps, then run one other step of each size class: every kernel is compiled here."""
         self._graphs.capture(progress)
+        if self._loaded.tables.device.type != "cuda":
+            return  # triton's interpreter compiles nothing
         config = self._loaded.config
-        counts = [n for n in WARM_TOKENS if n < config.max_batched_tokens]
-        for tokens in (*counts, config.max_batched_tokens):
+        most = config.max_batched_tokens
+        for tokens in (*(n for n in WARM_TOKENS if n < most), most):
             rows = [config.max_model_len] * (tokens // config.max_model_len)
             rows += [tokens % config.max_model_len] * (tokens % config.max_model_len > 0)
             self._warm(np.array(rows, np.int32))
-        if self._loaded.tables.device.type == "cuda":
-            torch.cuda.synchronize()
+        for singles in WARM_SINGLES:  # rows of one token beside a longer one
+            if singles < config.max_slots and singles + 2 <= most:
+                self._warm(np.array([1] * singles + [2], np.int32))
+        self._warm_sampler()
+        torch.cuda.synchronize()
 
     def num_compiles(self) -> int:
         return compiles.count()
@@ -103,6 +114,36 @@ class GpuSteps(EagerSteps):
             super().sample(step)
             return
         outcome.send(*self._graphs.end(step.graph_inputs[0]))
+
+    def _warm_sampler(self) -> None:
+        tables = self._loaded.tables
+        for rows in (1, 2):
+            logits = self._graphs.logits[:rows]
+            slots = torch.full((rows,), self._loaded.config.max_slots, device=tables.device)
+            for num_top in TOPS:
+                self.score(logits, self.draw(logits, slots), num_top)
+
+    def score(self, logits: Tensor, targets: Tensor, num_top: int) -> Scores:
+        wide = next((size for size in TOPS if size >= num_top), MOST_TOP + 1)  # few sizes: each is a kernel of its own
+        if wide > min(MOST_TOP, logits.shape[1]):
+            return super().score(logits, targets, num_top)
+        chosen, rank, ids, top = score(logits, targets, wide)
+        return chosen, rank, ids[:, :num_top], top[:, :num_top]
+
+    def draw(self, x: Tensor, slots: Tensor) -> Tensor:
+        """Token ids i64 [L] by temperature, filters and seed. x: f32 [L, V] behind the processors; slots: i64 [L]."""
+        tables = self._loaded.tables
+        columns = (tables.temperature, tables.min_p, tables.top_k, tables.top_p, tables.seed, tables.num_outputs)
+        return sample(x, slots, *columns)[0]
+
+    def pick(self, step: Step, logits: Tensor) -> Tensor:
+        tables, slots = self._loaded.tables, step.sampling_slots
+        if slots is None:
+            fail(f"step {step.step_id} was not prepared")
+        x = processed(logits, slots, step.mask, tables, step.uses)
+        if Use.RANDOM not in step.uses:
+            return argmax(x)
+        return self.draw(x, slots)
 
     # any other step
 

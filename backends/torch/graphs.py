@@ -19,6 +19,8 @@ from torch import Tensor
 from backends.torch.step import Loaded
 from cuda_kernels import attention_decode
 from cuda_kernels.gpu_attention import GpuWork
+from cuda_kernels.sampling import end_decode, scan
+from cuda_kernels.step_begin import begin_decode
 from engine.runner import Progress
 from engine.step import StepPlan
 from torch_models.fused import FusedDecoder
@@ -50,7 +52,7 @@ class DecodeGraphs:
         self._answers = [torch.zeros(len(self._packed), dtype=torch.int32, pin_memory=pinned) for _ in ring]
         self._turn = self._answer = 0
         self.logits = torch.empty(largest, config.arch.vocab_size, dtype=torch.float32, device=device)
-        self.bad = torch.zeros(largest, dtype=torch.bool, device=device)  # rows whose ids were outside the vocabulary
+        self.bad = torch.zeros(largest, dtype=torch.int32, device=device)  # 1: the row's id was outside the vocabulary
         heads = max(layer.mixer.num_heads for layer in config.arch.layers)
         size = max(layer.mixer.head_size for layer in config.arch.layers)
         self.workspace = attention_decode.make_workspace(largest, heads, size, device)
@@ -130,25 +132,31 @@ class DecodeGraphs:
     def _forward(self, size: int) -> None:
         loaded, tables, spec = self._loaded, self._loaded.tables, self._fused.spec
         lines = self._inputs[: self._lines * size].view(self._lines, size)
-        for group, pages in enumerate(tables.pages):
-            slots, columns, values = lines[DELTAS + 3 * group : DELTAS + 3 * group + 3]
-            pages.index_put_((slots.long(), columns.long()), values)
-        ids = torch.where(lines[TOKENS] == -1, tables.last_token[lines[SLOTS].long()].int(), lines[TOKENS])
-        self.bad[:size] = (ids < 0) | (ids >= spec.vocab_size)
-        x = self._fused.embedded(ids.clamp(0, spec.vocab_size - 1))
-        lengths = lines[COMPUTED] + 1
+        deltas = [
+            (*lines[DELTAS + 3 * group : DELTAS + 3 * group + 3], pages) for group, pages in enumerate(tables.pages)
+        ]
+        ropes = self._fused.frequencies
+        begun = begin_decode(
+            lines[SLOTS],
+            lines[TOKENS],
+            lines[COMPUTED],
+            tables.last_token,
+            tables.last_token,  # stands for lengths that the host left open: it leaves none
+            list(ropes.values()),
+            self._fused.embed,
+            spec.embedding_scale,
+            deltas,
+            self.bad[:size],
+        )
+        turns = {None: (None, None), **dict(zip(ropes, begun.turns, strict=True))}
         works = [
-            GpuWork(page_table=pages, slots=lines[SLOTS], lengths=lengths, workspace=self.workspace)
+            GpuWork(page_table=pages, slots=lines[SLOTS], lengths=begun.lengths, workspace=self.workspace)
             for pages in tables.pages
         ]
-        x = self._fused.run(x, loaded.decoder.turns(lines[COMPUTED]), loaded.caches, loaded.places, works)
+        x = self._fused.run(begun.x, turns, loaded.caches, loaded.places, works)
         self._fused.logits(x, out=self.logits[:size])
 
     def _end(self, size: int) -> None:
-        tables, logits = self._loaded.tables, self.logits[:size]
-        slots = self.slots(size)
-        largest, tokens = logits.max(dim=1)
-        unfit = ~(largest < torch.inf)
-        tables.last_token[slots] = tokens
-        tables.num_outputs[slots] += 1
-        torch.cat([tokens.int(), unfit.int(), self.bad[:size].int()], out=self._packed[: 3 * size])
+        tables = self._loaded.tables
+        found = scan(self.logits[:size])
+        end_decode(found, self._inputs[:size], tables.last_token, tables.num_outputs, self._packed, self.bad[:size])

@@ -24,6 +24,12 @@ INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 
 def pick(logits: Tensor, slots: Tensor, mask: Tensor | None, tables: Tables, uses: Use) -> Tensor:
     """Token ids i64 [B]. logits: f32 [B, V]; slots: i64 [B]; mask: bool [B, V]."""
+    x = processed(logits, slots, mask, tables, uses)
+    return argmax(draw(x, slots, tables, uses) if Use.RANDOM in uses else x)
+
+
+def processed(logits: Tensor, slots: Tensor, mask: Tensor | None, tables: Tables, uses: Use) -> Tensor:
+    """The logits behind mask, allowed ids, bad words, min_tokens, biases, penalties: f32 [B, V]. Arguments of pick."""
     x = logits
     if Use.MASK in uses and mask is not None:
         x = x.masked_fill(~mask, -torch.inf)
@@ -38,7 +44,7 @@ def pick(logits: Tensor, slots: Tensor, mask: Tensor | None, tables: Tables, use
         x = x + tables.bias[slots]
     if Use.PENALTIES in uses and tables.counts is not None:
         x = penalise(x, tables.counts[slots], slots, tables)
-    return argmax(draw(x, slots, tables, uses) if Use.RANDOM in uses else x)
+    return x
 
 
 def draw(x: Tensor, slots: Tensor, tables: Tables, uses: Use) -> Tensor:
