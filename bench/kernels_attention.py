@@ -67,26 +67,28 @@ def paged(rows: list[int], heads: int, kv_heads: int, head_size: int, layers: in
     }
 
 
-def decode_line(name: str, rows: list[int], peak: float, heads: int = 32, kv_heads: int = 8, size: int = 128) -> None:
-    key_bytes = 2 * kv_heads * size * 2 * sum(rows)
+def decode_line(
+    name: str, rows: list[int], peak: float, heads: int = 32, kv_heads: int = 8, size: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:  # fmt: skip
+    """Pages of `dtype`; a row of the batch sees as many keys as `rows` says."""
+    key_bytes = 2 * kv_heads * size * dtype.itemsize * sum(rows)
     layers = max(2, min(64, int(2.5e9 / key_bytes)))
-    step = paged(rows, heads, kv_heads, size, layers, torch.bfloat16)
+    step = paged(rows, heads, kv_heads, size, layers, dtype)
     count = len(rows)
     qkv = torch.randn(count, (heads + 2 * kv_heads) * size, device=DEVICE, dtype=torch.bfloat16)
     cos, sin = torch.rand(2, count, size // 2, device=DEVICE).unbind()
     workspace = make_workspace(count, heads, size, DEVICE)
 
-    def launch(layer: int, dependent: bool) -> Callable[[], object]:
+    def launch(layer: int) -> Callable[[], object]:
         return lambda: decode_attention(
             qkv, step["cache"], layer, step["page_table"], step["slots"], step["lengths"], cos, sin,
-            num_heads=heads, scale=size**-0.5, workspace=workspace, dependent=dependent,
+            num_heads=heads, scale=size**-0.5, workspace=workspace, dependent=True,
         )  # fmt: skip
 
-    for dependent in (True,):
-        took = replay_us([launch(i % layers, dependent) for i in range(max(8, layers))])
-        rate = key_bytes / took * 1e6
-        print(f"decode {name:24} dependent={dependent!s:5} {took:8.1f} us  {rate / 1e9:6.0f} GB/s "
-              f"{100 * rate / peak:4.0f} %", flush=True)  # fmt: skip
+    took = replay_us([launch(i % layers) for i in range(max(8, layers))])
+    rate = key_bytes / took * 1e6
+    print(f"decode {name:24} {took:8.1f} us  {rate / 1e9:6.0f} GB/s {100 * rate / peak:4.0f} %", flush=True)
 
 
 def prefill_line(name: str, new: list[int], before: list[int], heads: int = 32, kv_heads: int = 8, size: int = 128):
@@ -136,6 +138,7 @@ def main(wanted: list[str]) -> None:
         decode_line("256 x 150", [150] * 256, peak)
         decode_line("256 x 256", [256] * 256, peak)
         decode_line("256 x 200..300 + 16k", [200 + i % 100 for i in range(255)] + [16384], peak)
+        decode_line("64 x 2048, e4m3", [2048] * 64, peak, dtype=torch.float8_e4m3fn)
         decode_line("16 x 1024", [1024] * 16, peak)
         decode_line("1 x 200, 16 / 8 heads", [200], peak, heads=16)
     if not wanted or "prefill" in wanted:

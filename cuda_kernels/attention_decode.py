@@ -22,9 +22,9 @@ from triton.language.extra import cuda
 from cuda_kernels.rope_cache import load_turned, rotary_half, storable
 
 LOG2_E = 1.4426950408889634
-PROGRAMS_OF_SM = 4  # that run at once
+PROGRAMS_OF_SM = 3  # that run at once
 MAX_WAVES = 4
-BLOCKS_OF_ROWS = (16, 128, 1024, 8192)  # few, since each is a kernel of its own
+BLOCKS_OF_ROWS = (16, 64, 256, 1024, 8192)  # few, since each is a kernel of its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,10 +34,11 @@ class Plan:
     block: int = 64  # keys of a tile
     stages: int = 3  # tiles on their way
     warps: int = 4
-    merged: int = 4  # splits merged at a time
+    merged: int = 16  # splits merged at a time, of 512 values each
     requests: int = 1  # tiles asked of the L2 cache before the queries are made
     split_keys: int = 256  # fewest keys of a split
     waves: int = 2  # splits of long rows, in programs that run at once
+    registers: int | None = None  # of a thread, at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,11 +116,11 @@ def request_tile(pages, page, at, kv_head, K: tl.constexpr, PAGE: tl.constexpr, 
 
 @triton.jit
 def find_work(
-    lengths, rows, item, num_rows, budget,
+    lengths, slots, rows, item, num_rows, budget,
     NEW: tl.constexpr, WINDOW: tl.constexpr, BLOCK_C: tl.constexpr, SPLIT_TILES: tl.constexpr, FIXED: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """(row, split, splits of the row, tiles of a split) of a work item; row = num_rows where there is none left.
+    """(row, length, slot, split, splits of the row, tiles of a split) of a work item; row = num_rows: none is left.
 
     Every program works it out from all lengths: splits are as long as `budget` of them need to be for all rows.
     """
@@ -129,6 +130,7 @@ def find_work(
     if not NEW:
         places = tl.load(rows + 2 * lanes, mask=real, other=0)
     seen = tl.load(lengths + places, mask=real, other=1)
+    held = tl.load(slots + places, mask=real, other=0)  # with the lengths: one wait less
     first_tile = tl.zeros([BLOCK_S], tl.int32)
     if WINDOW > 0:
         first_tile = tl.maximum(0, seen - WINDOW) // BLOCK_C
@@ -142,9 +144,11 @@ def find_work(
     ends = tl.cumsum(active, 0)
     row = tl.sum((real & (ends <= item)).to(tl.int32), 0)
     mine = lanes == row
+    length = tl.sum(tl.where(mine, seen, 0), 0) + (1 if NEW else 0)
+    slot = tl.sum(tl.where(mine, held, 0), 0)
     splits = tl.sum(tl.where(mine, active, 0), 0)
     split = item - tl.sum(tl.where(mine, ends - active, 0), 0)
-    return row, split, splits, share
+    return row, length, slot, split, splits, share
 
 
 @triton.jit
@@ -162,7 +166,7 @@ def add_sinks(sinks, heads, top, weight, total, SINKS: tl.constexpr):
 @triton.jit
 def merge(
     out,  # [G * H] of this row and KV head
-    partials,  # f32 [Z, G * (H + 2)]: sums, largest scores, sums of weights
+    partials,  # f32 [splits, STRIDE] of this row, from this KV head on: sums [G, H], largest scores [G], weights [G]
     sinks,  # [N]
     kv_head,
     active,
@@ -172,31 +176,37 @@ def merge(
     STRIDE: tl.constexpr,  # from one split's partials to the next
     SINKS: tl.constexpr,
     BLOCK_Z: tl.constexpr,
-    BLOCK_GH: tl.constexpr,
+    GROUP_2: tl.constexpr,  # power of two >= G
+    BLOCK_H: tl.constexpr,
 ):
-    columns = tl.arange(0, BLOCK_GH)
-    mask = columns < GROUP * HEAD
-    group = columns // HEAD
-    top = tl.full([BLOCK_GH], -1e30, tl.float32)
-    weight = tl.zeros([BLOCK_GH], tl.float32)
-    total = tl.zeros([BLOCK_GH], tl.float32)
-    if SINKS:
-        top = tl.load(sinks + kv_head * GROUP + group, mask=mask, other=0.0).to(tl.float32) * 1.4426950408889634
-        weight += 1.0
+    """All splits of a row, BLOCK_Z at a time, in their order."""
+    group = tl.arange(0, GROUP_2)
+    dims = tl.arange(0, BLOCK_H)
+    real = group < GROUP
+    cells = group[:, None] * HEAD + dims[None, :]
+    inside = real[:, None] & (dims < HEAD)[None, :]
+    top = tl.full([GROUP_2], -1e30, tl.float32)
+    weight = tl.zeros([GROUP_2], tl.float32)
+    total = tl.zeros([GROUP_2, BLOCK_H], tl.float32)
     for first in range(0, active, BLOCK_Z):
-        splits = first + tl.arange(0, BLOCK_Z)[:, None]
-        wanted = (splits < active) & mask[None, :]
-        base = partials + splits * STRIDE
-        sums = tl.load(base + columns[None, :], mask=wanted, other=0.0, cache_modifier=".cg")
-        tops = tl.load(base + GROUP * HEAD + group[None, :], mask=wanted, other=-1e30, cache_modifier=".cg")
-        weights = tl.load(base + GROUP * (HEAD + 1) + group[None, :], mask=wanted, other=0.0, cache_modifier=".cg")
+        splits = first + tl.arange(0, BLOCK_Z)
+        counted = splits < active
+        pair = (splits * STRIDE + GROUP * HEAD)[:, None] + group[None, :]
+        wanted = counted[:, None] & real[None, :]
+        tops = tl.load(partials + pair, mask=wanted, other=-1e30, cache_modifier=".cg")
+        weights = tl.load(partials + GROUP + pair, mask=wanted, other=0.0, cache_modifier=".cg")
+        places = (splits * STRIDE)[:, None, None] + cells[None, :, :]
+        sums = tl.load(
+            partials + places, mask=counted[:, None, None] & inside[None, :, :], other=0.0, cache_modifier=".cg"
+        )
         higher = tl.maximum(top, tl.max(tops, 0))
         share = tl.exp2(tops - higher[None, :])
         kept = tl.exp2(top - higher)
         weight = weight * kept + tl.sum(weights * share, 0)
-        total = total * kept + tl.sum(sums * share, 0)
+        total = total * kept[:, None] + tl.sum(sums * share[:, :, None], 0)
         top = higher
-    tl.store(out + columns, (total * v_scale / weight).to(out.dtype.element_ty), mask=mask)
+    weight, total = add_sinks(sinks, kv_head * GROUP + tl.minimum(group, GROUP - 1), top, weight, total, SINKS)
+    tl.store(out + cells, (total * (v_scale / weight)[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_rows", "budget"])
@@ -232,7 +242,7 @@ def decode_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_C: tl.constexpr,  # keys of a tile
     BLOCK_Z: tl.constexpr,
-    BLOCK_GH: tl.constexpr,  # power of two >= G * H
+    GROUP_2: tl.constexpr,  # power of two >= G
     BLOCK_S: tl.constexpr,  # power of two >= S
     HALF: tl.constexpr,
     PAGE: tl.constexpr,
@@ -254,18 +264,15 @@ def decode_kernel(
     kv_head, item = tl.program_id(0), tl.program_id(1)
     if DEPENDENT:
         cuda.gdc_launch_dependents()
-    ticket, split, active, share = find_work(
-        lengths, rows, item, num_rows, budget, NEW, WINDOW, BLOCK_C, SPLIT_TILES, FIXED, BLOCK_S
+    ticket, length, slot, split, active, share = find_work(
+        lengths, slots, rows, item, num_rows, budget, NEW, WINDOW, BLOCK_C, SPLIT_TILES, FIXED, BLOCK_S
     )
     if ticket >= num_rows:
         return
-    row = ticket
     token = ticket
     if not NEW:
-        row = tl.load(rows + 2 * ticket)
         token = tl.load(rows + 2 * ticket + 1)
-    length = tl.load(lengths + row)
-    table = page_table + tl.load(slots + row).to(tl.int64) * table_stride
+    table = page_table + slot.to(tl.int64) * table_stride
     end = length  # of the keys read from the pages
     if NEW:
         end = length - 1
@@ -356,7 +363,7 @@ def decode_kernel(
             tl.store(counters + pair, 0)
             merge(
                 out_at, mine - split.to(tl.int64) * STRIDE, sinks, kv_head, active, v_scale,
-                GROUP, HEAD, STRIDE, SINKS, BLOCK_Z, BLOCK_GH,
+                GROUP, HEAD, STRIDE, SINKS, BLOCK_Z, GROUP_2, BLOCK_H,
             )  # fmt: skip
 
 
@@ -367,9 +374,14 @@ def score_factors(scale: float, logit_cap: float | None, k_scale: float) -> tupl
     return 2.0 * scale * k_scale / logit_cap, logit_cap * LOG2_E
 
 
-def plan_for(rows: int, kv_heads: int, row_bytes: int) -> Plan:
-    """row_bytes: of one key, padded to a power of two."""
-    return Plan(block=64 if row_bytes <= 256 else 32)
+def plan_for(rows: int, kv_heads: int, row_bytes: int, num_sms: int) -> Plan:
+    """row_bytes: of one key, padded to a power of two.
+
+    Where splits can make all programs run at once, they are made for that; else there are so many that the last ones
+    weigh little. Measured on an H200 for 8 KV heads of 128 values.
+    """
+    alone = rows * kv_heads <= num_sms * PROGRAMS_OF_SM
+    return Plan(block=64 if row_bytes <= 256 else 32, waves=1 if alone else 2, split_keys=64 if rows == 1 else 256)
 
 
 def work_items(rows: int, kv_heads: int, max_keys: int, work: Workspace, plan: Plan) -> tuple[int, int, int]:
@@ -406,22 +418,24 @@ def launch(
     count = slots.shape[0] if rows is None else rows.shape[0]
     (q_norm, k_norm, eps, offset), (scale, window, logit_cap, sinks) = norms, limits
     block_h, block_g = triton.next_power_of_2(head_size), max(16, triton.next_power_of_2(group))
-    plan = plan_for(count, kv_heads, block_h * cache.element_size())
+    plan = plan_for(count, kv_heads, block_h * cache.element_size(), workspace.num_sms)
     items, budget, share = work_items(count, kv_heads, page_table.shape[1] * page, workspace, plan)
     needed = items * num_heads * (head_size + 2)
     if needed > workspace.partials.numel() or count * kv_heads > workspace.counters.numel():
         raise ValueError(f"the workspace is too small for {count} rows of {num_heads} heads in {items} splits")
     factor, cap = score_factors(scale, logit_cap, kv_scales[0])
-    block_gh = triton.next_power_of_2(group * head_size)
+    group_2 = triton.next_power_of_2(group)
     block_s = next(size for size in BLOCKS_OF_ROWS if size >= count)
     linear = cache.is_cuda and head_size == block_h and page % plan.block == 0
     options = {"launch_pdl": True} if dependent else {}
+    if plan.registers is not None:
+        options["maxnreg"] = plan.registers
     decode_kernel[(kv_heads, items)](
         qkv, out, cache[layer, 0], cache[layer, 1], page_table, slots, lengths, rows, *turn, q_norm, k_norm, sinks,
         workspace.partials, workspace.counters, page_table.stride(0), count, budget,
         factor, cap, float(eps), float(offset), *kv_scales,
         NUM_HEADS=num_heads, NUM_KV_HEADS=kv_heads, HEAD=head_size, BLOCK_H=block_h, BLOCK_G=block_g,
-        BLOCK_C=plan.block, BLOCK_Z=max(1, min(plan.merged, plan.merged * 512 // block_gh)), BLOCK_GH=block_gh,
+        BLOCK_C=plan.block, BLOCK_Z=max(1, plan.merged * 512 // (group_2 * block_h)), GROUP_2=group_2,
         BLOCK_S=block_s, HALF=rotary_half(turn[0], count, head_size), PAGE=page, WINDOW=window or 0,
         SPLIT_TILES=share, FIXED=workspace.fixed_split > 0, NEW=rows is None,
         Q_NORM=q_norm is not None, K_NORM=k_norm is not None, CAP=logit_cap is not None, SINKS=sinks is not None,
