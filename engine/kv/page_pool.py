@@ -52,7 +52,8 @@ class PagePool:
         check(count <= self.num_free, f"take({count}) with {self.num_free} free pages")
         from_blank = min(count, self._num_blank)
         self._num_blank -= from_blank
-        pages = self._blank[self._num_blank : self._num_blank + from_blank].copy()
+        # from the top down: pages of a row follow each other in memory, where they can
+        pages = self._blank[self._num_blank : self._num_blank + from_blank][::-1].copy()
         evicted = EMPTY
         if from_blank < count:
             evicted = self._pop_cached(count - from_blank)
