@@ -9,6 +9,7 @@ best ones as entries of cuda_kernels/data/small_linear.json.
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import queue
@@ -25,7 +26,6 @@ from cuda_kernels import small_linear
 from cuda_kernels.small_linear_plan import LIBRARY, Plan, plan_of
 
 EPS = 1e-5
-SHARED_BYTES = 227 << 10  # of a multiprocessor
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ def relative_error(product: Product, rows: int, plan: Plan | None) -> float:
     return float((call(product, inputs, weight, plan).double() - want).norm() / want.norm())
 
 
-def graph_seconds(run: Callable[[], object], launches: int, replays: int = 5) -> float:
+def graph_seconds(run: Callable[[], object], launches: int, replays: int = 3) -> float:
     """Median time of one of the `launches` of a captured run."""
     run()
     torch.cuda.synchronize()
@@ -157,135 +157,145 @@ def library_plans(model: str, row_counts: list[int]) -> dict[int, dict]:
 
 
 def vector_plans(product: Product) -> Iterator[Plan]:
+    """Those that keep enough bytes in flight and leave the next kernel's programs room beside them."""
     padded = 1 << (product.inner - 1).bit_length()
-    for block_out in (1, 2, 4, 8, 16):
-        for warps in (4, 8):
-            for stages in (1, 2, 3, 4, 5):
-                for programs in (1, 2, 3, 4, 8):
-                    size = block_out * padded * 2 * (2 if product.kind == "gated" else 1)
-                    shared = max(stages - 1, 1) * size * programs
-                    held = padded // (32 * warps)  # registers of the row in each thread
-                    if stages > 1 and not 60_000 <= shared <= SHARED_BYTES:
-                        continue
-                    if held > 64 or (stages == 1 and (shared < 60_000 or size > 48_000)):
-                        continue
-                    for request in (0, 2):
-                        yield Plan(kernel="vector", block_out=block_out, warps=warps, stages=stages,
-                                   programs=programs, request=request)  # fmt: skip
+    for block_out, warps, stages, programs, request in itertools.product(
+        (1, 2, 4, 8), (4, 8), (2, 3, 4, 5), (1, 2, 3, 4), (0, 2, 4)
+    ):
+        size = block_out * padded * 2 * (2 if product.kind == "gated" else 1)
+        shared = (stages - 1) * size * programs
+        fits = 48_000 <= shared <= 131_000 and size >= 4096
+        if fits and padded // (32 * warps) <= 64 and warps * programs <= 16:
+            yield Plan(kernel="vector", block_out=block_out, warps=warps, stages=stages, programs=programs,
+                       request=request)  # fmt: skip
 
 
 def tile_plans(product: Product, rows: int) -> Iterator[Plan]:
     gated = product.kind == "gated"
     outs = product.num_out // 2 if gated else product.num_out
-    for block_out in (16, 32, 64, 128):
-        for block_in in (64, 128, 256):
-            for splits in (1, 2, 3, 4, 6, 8):
-                count = -(-outs // block_out) * splits
-                blocks = -(-product.inner // block_in)
-                if blocks % splits or blocks // splits < 4 or (splits > 1 and count > 800) or count < 96:
-                    continue
-                for stages in (3, 4, 5, 7):
-                    stage = 2 * block_in * (block_out * (2 if gated else 1) + max(16, rows))
-                    shared = (stages - 1) * stage
-                    if not 30_000 <= shared <= 160_000 or block_out * max(16, rows) * (1 + gated) > 64 * 256:
-                        continue
-                    for apart in (False, True) if product.kind in ("norm", "gated", "head") else (False,):
-                        yield Plan(kernel="tile", block_out=block_out, block_in=block_in, splits=splits, stages=stages,
-                                   warps=8 if block_out == 128 else 4, request=4, norm_apart=apart)  # fmt: skip
+    width = max(16, rows)
+    for block_out, block_in, splits, stages, request, apart in itertools.product(
+        (16, 32, 64, 128), (64, 128, 256), (1, 2, 3, 4, 6, 8), (3, 4, 5, 7), (0, 4, 8), (False, True)
+    ):
+        count, blocks = -(-outs // block_out) * splits, -(-product.inner // block_in)
+        if blocks % splits or blocks // splits < 4 or (splits > 1 and count > 800) or count < 60:
+            continue
+        shared = (stages - 1) * 2 * block_in * (block_out * (2 if gated else 1) + width)
+        if not 30_000 <= shared <= 160_000 or block_out * width * (1 + gated) > 64 * 256:
+            continue
+        if apart and product.kind == "add":
+            continue
+        yield Plan(kernel="tile", block_out=block_out, block_in=block_in, splits=splits, stages=stages,
+                   warps=8 if block_out == 128 else 4, request=request, norm_apart=apart)  # fmt: skip
 
 
-def plans_of(product: Product, rows: int, most: int, seed: int) -> list[Plan]:
-    every = list(tile_plans(product, rows))
-    random.Random(seed).shuffle(every)
-    if rows > 1:
-        return every[:most]
-    vectors = list(vector_plans(product))
-    random.Random(seed).shuffle(vectors)
-    return vectors[:most]
+def plans_of(product: Product, rows: int) -> list[Plan]:
+    return list(vector_plans(product) if rows == 1 else tile_plans(product, rows))
 
 
+def differences(plan: Plan, other: Plan) -> int:
+    return sum(mine != yours for mine, yours in zip(asdict(plan).values(), asdict(other).values(), strict=True))
+
+
+Cell = tuple[Product, int]
 Job = tuple[Product, int, Plan]
 
 
-def compile_jobs(jobs: multiprocessing.Queue[Job], done: multiprocessing.Queue[tuple[Job, float]]) -> None:
+def compile_jobs(jobs: multiprocessing.Queue[Job | None], done: multiprocessing.Queue[tuple[Job, float]]) -> None:
     """A worker: runs each plan once, so that the timing process finds it compiled, and checks it."""
-    while True:
-        try:
-            product, rows, plan = jobs.get(timeout=1)
-        except queue.Empty:
-            return
+    while (job := jobs.get()) is not None:
+        product, rows, plan = job
         error = float("nan")
         try:
             error = relative_error(product, rows, plan)
         except Exception as problem:
-            print("not possible:", product.name, rows, plan, repr(problem)[:160], flush=True)
-        done.put(((product, rows, plan), error))
+            print("not possible:", product.name, rows, short(plan), repr(problem)[:100], flush=True)
+        done.put((job, error))
 
 
-def compiled(jobs: list[Job], workers: int, seconds: float) -> list[Job]:
-    """The jobs that were compiled, and were right, within this time."""
-    context = multiprocessing.get_context("spawn")
-    todo: multiprocessing.Queue[Job] = context.Queue()
-    done: multiprocessing.Queue[tuple[Job, float]] = context.Queue()
-    for job in jobs:
-        todo.put(job)
-    crew = [context.Process(target=compile_jobs, args=(todo, done), daemon=True) for _ in range(workers)]
-    for worker in crew:
-        worker.start()
-    until, fit, wrong = time.monotonic() + seconds, [], 0
-    left = len(jobs)
-    while left and time.monotonic() < until:
-        try:
-            job, error = done.get(timeout=1)
-        except queue.Empty:
-            continue
-        left -= 1
-        if error < 6e-3:
-            fit.append(job)
-        elif error == error:
-            wrong += 1
-            print("WRONG", error, job, flush=True)
-    for worker in crew:
-        worker.kill()
-    print(f"compiled {len(fit)} of {len(jobs)} plans, {wrong} wrong, {left} not reached", flush=True)
-    return fit
+class Crew:
+    """Processes that compile plans and check them, 14 at a time."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._todo: multiprocessing.Queue[Job | None] = context.Queue()
+        self._done: multiprocessing.Queue[tuple[Job, float]] = context.Queue()
+        self._workers = [
+            context.Process(target=compile_jobs, args=(self._todo, self._done), daemon=True) for _ in range(14)
+        ]
+        for worker in self._workers:
+            worker.start()
+
+    def compile(self, jobs: list[Job], seconds: float) -> list[Job]:
+        """Those that were compiled, and were right, within this time."""
+        random.Random(1).shuffle(jobs)
+        for job in jobs:
+            self._todo.put(job)
+        until, fit, left = time.monotonic() + seconds, [], len(jobs)
+        while left and time.monotonic() < until:
+            try:
+                job, error = self._done.get(timeout=1)
+            except queue.Empty:
+                continue
+            left -= 1
+            if error < 6e-3:
+                fit.append(job)
+            elif error == error:
+                print("WRONG", error, job, flush=True)
+        while left:  # what nobody has begun
+            try:
+                self._todo.get(timeout=0.2)
+                left -= 1
+            except queue.Empty:
+                break
+        print(f"compiled {len(fit)} of {len(jobs)} plans, {left} not reached", flush=True)
+        return fit
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.kill()
 
 
 def sweep(models: list[str], row_counts: list[int], bandwidth: float, most: int, seconds: float, seed: int) -> None:
-    """Times many plans of each shape, prints the best, and the chains of the best."""
-    jobs = [
-        (product, rows, plan)
-        for model in models
-        for product in MODELS[model][1]
-        for rows in row_counts
-        for plan in plans_of(product, rows, most, seed)
-    ]
-    random.Random(1).shuffle(jobs)
-    fit = compiled(jobs, 14, seconds)
-    best: dict[int, dict[Product, Plan]] = {rows: {} for rows in row_counts}
-    entries = []
-    for product in dict.fromkeys(job[0] for job in jobs):
-        count = max(1, min(64, (500 << 20) // product.weight_bytes))
-        weights = [make_weight(product) for _ in range(count)]
-        for rows in row_counts:
-            times = [(product_seconds(product, rows, LIBRARY, weights), LIBRARY)]
-            for _, _, plan in (job for job in fit if job[:2] == (product, rows)):
-                times.append((product_seconds(product, rows, plan, weights), plan))
-            times.sort(key=lambda pair: pair[0])
-            library = next(seconds for seconds, plan in times if plan is LIBRARY)
-            print(f"{product.name} {product.num_out}x{product.inner} rows {rows}: cuBLAS {library * 1e6:.1f} us, "
-                  f"floor {product.weight_bytes / bandwidth * 1e6:.1f}", flush=True)  # fmt: skip
-            for seconds_, plan in times[:4]:
-                share = product.weight_bytes / seconds_ / bandwidth
-                print(f"   {seconds_ * 1e6:7.2f} us {share:5.1%} {short(plan)}", flush=True)
-            best[rows][product] = times[0][1]
-            entries.append({"gated": product.kind == "gated", "shape": [product.num_out, product.inner], "rows": rows,
-                            "us": round(times[0][0] * 1e6, 2), "plan": short(times[0][1])})  # fmt: skip
-        del weights
-    for entry in entries:
-        print(json.dumps(entry), flush=True)
+    """Times plans of each shape: some at random, then neighbours of the best; prints the best and their chains."""
+    cells = [(product, rows) for model in models for product in MODELS[model][1] for rows in row_counts]
+    crew, chance = Crew(), random.Random(seed)
+    found: dict[Cell, dict[Plan, float]] = {cell: {} for cell in cells}
+    for phase in range(2):
+        jobs: list[Job] = []
+        for cell in cells:
+            fresh = [plan for plan in plans_of(*cell) if plan not in found[cell]]
+            chance.shuffle(fresh)
+            if phase:
+                best = sorted(found[cell], key=found[cell].__getitem__)[:3]
+                fresh.sort(key=lambda plan: min((differences(plan, other), place) for place, other in enumerate(best)))
+            jobs += [(*cell, plan) for plan in fresh[: most * 2 // 3 if phase else most]]
+        fit = crew.compile(jobs, seconds)
+        for product in dict.fromkeys(product for product, _ in cells):
+            weights = [make_weight(product) for _ in range(max(1, min(64, (500 << 20) // product.weight_bytes)))]
+            for rows in row_counts:
+                tried = found[product, rows]
+                if not phase:
+                    tried[LIBRARY] = product_seconds(product, rows, LIBRARY, weights)
+                for _, _, plan in (job for job in fit if job[:2] == (product, rows)):
+                    tried[plan] = product_seconds(product, rows, plan, weights)
+            del weights
+        for cell in cells if phase else ():
+            print_cell(*cell, found[cell], bandwidth)
+    crew.close()
+    best = {
+        rows: {p: min(found[p, r], key=found[p, r].__getitem__) for p, r in cells if r == rows} for rows in row_counts
+    }
     for model in models:
         print_chain(model, row_counts, bandwidth, {"best": best, "cuBLAS": library_plans(model, row_counts)})
+
+
+def print_cell(product: Product, rows: int, tried: dict[Plan, float], bandwidth: float) -> None:
+    floor = product.weight_bytes / bandwidth
+    print(f"{product.name} {product.num_out}x{product.inner} rows {rows}: cuBLAS {tried[LIBRARY] * 1e6:.1f} us, "
+          f"floor {floor * 1e6:.1f}, {len(tried)} tried", flush=True)  # fmt: skip
+    for plan in sorted(tried, key=tried.__getitem__)[:5]:
+        print(f"   {tried[plan] * 1e6:7.2f} us {floor / tried[plan]:5.1%} {json.dumps(short(plan))}", flush=True)
 
 
 def short(plan: Plan) -> dict:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -187,19 +188,29 @@ def product(
     if not rows:
         return out
     norm_weight, eps, offset = norm if norm is not None else (x, 0.0, 0.0)
-    arguments = (x, norm_weight, weight, x if bias is None else bias, x if residual is None else residual.contiguous())
-    fused = {
-        "NORM": norm is not None,
-        "KIND": ACTIVATIONS[activation],
-        "BIAS": bias is not None,
-        "RESIDUAL": residual is not None,
-        **launch_options(x, plan.warps),
-    }
-    if plan.kernel == "vector":
-        _vector(arguments, out, num_out, eps, offset, plan, fused)
-    else:
-        _tiles(arguments, out, num_out, eps, offset, plan, fused)
+    unused = x  # stands for what the product has not
+    launch = Launch(
+        inputs=(x, norm_weight, weight, unused if bias is None else bias,
+                unused if residual is None else residual.contiguous()),
+        out=out,
+        plan=plan,
+        numbers=(num_out, eps, offset),
+        options={"NORM": norm is not None, "KIND": ACTIVATIONS[activation], "BIAS": bias is not None,
+                 "RESIDUAL": residual is not None, **launch_options(x, plan.warps)},
+    )  # fmt: skip
+    (launch_vector if plan.kernel == "vector" else launch_tiles)(launch)
     return out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """A product's arguments, in the order of the kernels."""
+
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # x, norm weight, weight, bias, residual
+    out: Tensor
+    numbers: tuple[int, float, float]  # rows of out, eps, offset
+    plan: Plan
+    options: dict[str, int | bool]
 
 
 def norm_is_apart(plan: Plan, dtype: torch.dtype) -> bool:
@@ -207,35 +218,36 @@ def norm_is_apart(plan: Plan, dtype: torch.dtype) -> bool:
     return plan.kernel == "tile" and (plan.norm_apart or dtype == torch.float16)
 
 
-def _vector(arguments, out, num_out, eps, offset, plan, fused) -> None:  # type: ignore[no-untyped-def]
-    x: Tensor = arguments[0]
+def launch_vector(launch: Launch) -> None:
+    x, plan = launch.inputs[0], launch.plan
     if x.shape[0] != 1:
         raise ValueError(f"the vector kernel takes one row, not {x.shape[0]}")
-    tiles = triton.cdiv(num_out, plan.block_out)
+    inner = x.shape[1]
+    tiles = triton.cdiv(launch.numbers[0], plan.block_out)
     programs = min(tiles, plan.programs * multiprocessors(x.device))
     vector_kernel[(programs,)](
-        *arguments, out, num_out, eps, offset,
-        INNER=x.shape[1], BLOCK_IN=triton.next_power_of_2(x.shape[1]), BLOCK_OUT=plan.block_out,
-        TRIPS=triton.cdiv(tiles, programs), STAGES=plan.stages, REQUEST=plan.request, **fused,
+        *launch.inputs, launch.out, *launch.numbers,
+        INNER=inner, BLOCK_IN=triton.next_power_of_2(inner), BLOCK_OUT=plan.block_out,
+        TRIPS=triton.cdiv(tiles, programs), STAGES=plan.stages, REQUEST=plan.request, **launch.options,
     )  # fmt: skip
 
 
-def _tiles(arguments, out, num_out, eps, offset, plan, fused) -> None:  # type: ignore[no-untyped-def]
-    x: Tensor = arguments[0]
+def launch_tiles(launch: Launch) -> None:
+    x, plan = launch.inputs[0], launch.plan
     rows, inner = x.shape
     block_rows = 64 if plan is INVARIANT else min(max(triton.next_power_of_2(rows), 16), MOST_ROWS)
     splits = max(1, min(plan.splits, triton.cdiv(inner, plan.block_in)))
-    grid = (triton.cdiv(num_out, plan.block_out), splits, triton.cdiv(rows, block_rows))
-    partials = counters = out
+    grid = (triton.cdiv(launch.numbers[0], plan.block_out), splits, triton.cdiv(rows, block_rows))
+    partials = counters = launch.out
     if splits > 1:
-        parts = 2 if fused["KIND"] else 1
+        parts = 2 if launch.options["KIND"] else 1
         size = grid[0] * grid[1] * grid[2] * block_rows * (parts * plan.block_out + 1)
         partials = torch.empty(size, dtype=torch.float32, device=x.device)
         counters = resting_counters(x.device)
     tile_kernel[grid](
-        *arguments, out, partials, counters, rows, num_out, eps, offset,
+        *launch.inputs, launch.out, partials, counters, rows, *launch.numbers,
         INNER=inner, BLOCK_IN=plan.block_in, BLOCK_OUT=plan.block_out, BLOCK_ROWS=block_rows, SPLITS=splits,
-        STAGES=plan.stages, REQUEST=plan.request, **fused,
+        STAGES=plan.stages, REQUEST=plan.request, **launch.options,
     )  # fmt: skip
 
 

@@ -30,23 +30,61 @@ def activate(x, KIND: tl.constexpr):
 
 @triton.jit
 def arrive(DEPENDENT: tl.constexpr):
-    """Let the next kernel's programs in, then wait for the results of the kernel before."""
+    """Wait for the results of the kernel before, then let the next kernel's programs in.
+
+    In this order: what a program may read has then been written by kernels that have ended, not by the last one alone.
+    """
     if DEPENDENT:
-        cuda.gdc_launch_dependents()
         cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
 
 
 @triton.jit
-def request(pointers):
-    """Ask the L2 cache for the lines at these addresses."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+def request(pointers, up, GATED: tl.constexpr):
+    """Ask the L2 cache for the lines at these addresses, and for those of the second half, `up` elements on."""
+    asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
+    tl.inline_asm_elementwise(asm, "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+    if GATED:
+        tl.inline_asm_elementwise(asm, "=r,l", [(pointers + up).to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def leave(place, sums, gates, square, GATED: tl.constexpr, NORM: tl.constexpr):
+    """Store a program's partial sums. sums, gates: [BO, BT]; square: [BT]."""
+    BO: tl.constexpr = sums.shape[0]
+    BT: tl.constexpr = sums.shape[1]
+    cells = tl.arange(0, BO)[:, None] * BT + tl.arange(0, BT)[None, :]
+    tl.store(place + cells, sums)
+    if GATED:
+        tl.store(place + BO * BT + cells, gates)
+    if NORM:
+        tl.store(place + (1 + GATED) * BO * BT + tl.arange(0, BT), square)
+
+
+@triton.jit
+def gather(
+    place,
+    SIZE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BO: tl.constexpr,
+    BT: tl.constexpr,
+    GATED: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """The sums of all splits' partial sums, in split order. -> as `leave` takes them."""
+    cells = tl.arange(0, BO)[:, None] * BT + tl.arange(0, BT)[None, :]
+    sums = tl.zeros((BO, BT), tl.float32)
+    gates = tl.zeros((BO, BT), tl.float32)
+    square = tl.zeros((BT,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        # past the first cache, which may hold what was here before
+        sums += tl.load(place + split * SIZE + cells, cache_modifier=".cg")
+        if GATED:
+            gates += tl.load(place + split * SIZE + BO * BT + cells, cache_modifier=".cg")
+        if NORM:
+            tail = (1 + GATED) * BO * BT + tl.arange(0, BT)
+            square += tl.load(place + split * SIZE + tail, cache_modifier=".cg")
+    return sums, gates, square
 
 
 @triton.jit
@@ -65,7 +103,7 @@ def vector_kernel(
     BLOCK_OUT: tl.constexpr,
     TRIPS: tl.constexpr,  # tiles of a program
     STAGES: tl.constexpr,
-    REQUEST: tl.constexpr,  # tiles asked for before the wait
+    REQUEST: tl.constexpr,  # tiles asked for before the wait, besides those of the stages
     NORM: tl.constexpr,
     KIND: tl.constexpr,  # of activation; 0: not gated
     BIAS: tl.constexpr,
@@ -78,16 +116,11 @@ def vector_kernel(
     inside = inner < INNER
     up = num_out.to(tl.int64) * INNER
     if DEPENDENT:
-        cuda.gdc_launch_dependents()
-        if REQUEST > 0:
-            PER_LINE: tl.constexpr = LINE // (weight.dtype.element_ty.primitive_bitwidth // 8)
-            starts = tl.minimum(tl.arange(0, BLOCK_IN // PER_LINE) * PER_LINE, INNER - 1)
-            for ahead in tl.static_range(REQUEST):
-                asked = tl.minimum((first + ahead * step) * BLOCK_OUT + rows, num_out - 1)
-                lines = weight + asked[:, None].to(tl.int64) * INNER + starts[None, :]
-                request(lines)
-                if KIND > 0:
-                    request(lines + up)
+        PER_LINE: tl.constexpr = LINE // (weight.dtype.element_ty.primitive_bitwidth // 8)
+        starts = tl.minimum(tl.arange(0, BLOCK_IN // PER_LINE) * PER_LINE, INNER - 1)
+        for ahead in tl.static_range(REQUEST):  # behind the tiles that the loop below loads before its first turn
+            asked = tl.minimum((first + (STAGES - 1 + ahead) * step) * BLOCK_OUT + rows, num_out - 1)
+            request(weight + asked[:, None].to(tl.int64) * INNER + starts[None, :], up, KIND > 0)
     row = tl.zeros((BLOCK_IN,), tl.float32)
     gain = row
     if NORM:
@@ -99,8 +132,7 @@ def vector_kernel(
         wanted = (at < num_out)[:, None] & inside[None, :]
         w = tl.load(places, mask=wanted, other=0.0, eviction_policy="evict_first")
         if trip == 0:  # behind the loads of the first tiles, which are in flight while this waits
-            if DEPENDENT:
-                cuda.gdc_wait()
+            arrive(DEPENDENT)
             row = tl.load(x + inner, mask=inside, other=0.0).to(tl.float32)
             if NORM:
                 scale = tl.rsqrt(tl.sum(row * row, 0) / INNER + eps)
@@ -152,21 +184,18 @@ def tile_kernel(
     BLOCKS: tl.constexpr = (INNER + BLOCK_IN - 1) // BLOCK_IN
     SHARE: tl.constexpr = (BLOCKS + SPLITS - 1) // SPLITS * BLOCK_IN
     EVEN: tl.constexpr = INNER % (BLOCK_IN * SPLITS) == 0
+    GATED: tl.constexpr = KIND > 0
+    SIZE: tl.constexpr = BLOCK_ROWS * ((1 + GATED) * BLOCK_OUT + 1)  # of a program's partial sums
     at = tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     clamped = tl.minimum(at, num_out - 1)
     up = num_out.to(tl.int64) * INNER
     begin = split * SHARE
     weights = weight + clamped[:, None].to(tl.int64) * INNER
-    if DEPENDENT:
-        cuda.gdc_launch_dependents()
-        if REQUEST > 0:
-            PER_LINE: tl.constexpr = LINE // (weight.dtype.element_ty.primitive_bitwidth // 8)
-            starts = begin + tl.arange(0, REQUEST * BLOCK_IN // PER_LINE) * PER_LINE
-            lines = weights + tl.minimum(starts, INNER - 1)[None, :]
-            request(lines)
-            if KIND > 0:
-                request(lines + up)
-        cuda.gdc_wait()
+    if DEPENDENT and REQUEST > 0:
+        PER_LINE: tl.constexpr = LINE // (weight.dtype.element_ty.primitive_bitwidth // 8)
+        starts = begin + tl.arange(0, REQUEST * BLOCK_IN // PER_LINE) * PER_LINE
+        request(weights + tl.minimum(starts, INNER - 1)[None, :], up, GATED)
+    arrive(DEPENDENT)
     row = first_row + tl.arange(0, BLOCK_ROWS)
     inputs = x + tl.minimum(row, num_rows - 1)[:, None].to(tl.int64) * INNER
     sums = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
@@ -188,7 +217,7 @@ def tile_kernel(
             gain = tl.load(norm_weight + tl.minimum(inner, INNER - 1)).to(tl.float32) + offset
             a = (wide * gain[None, :]).to(a.dtype)
         sums = tl.dot(w, tl.trans(a), sums, input_precision="ieee")
-        if KIND > 0:
+        if GATED:
             if EVEN:
                 v = tl.load(places + up, eviction_policy="evict_first")
             else:
@@ -197,39 +226,21 @@ def tile_kernel(
                 )
             gates = tl.dot(v, tl.trans(a), gates, input_precision="ieee")
     square = tl.sum(squares, 1)
-    PARTS: tl.constexpr = 2 if KIND > 0 else 1
-    STRIDE: tl.constexpr = BLOCK_ROWS * (PARTS * BLOCK_OUT + 1)
     if SPLITS > 1:
         group = tl.program_id(2) * tl.num_programs(0) + tile
-        cells = tl.arange(0, BLOCK_OUT)[:, None] * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[None, :]
-        tail = PARTS * BLOCK_OUT * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        mine = partials + (group * SPLITS + split).to(tl.int64) * STRIDE
-        tl.store(mine + cells, sums)
-        if KIND > 0:
-            tl.store(mine + BLOCK_OUT * BLOCK_ROWS + cells, gates)
-        if NORM:
-            tl.store(mine + tail, square)
+        leave(partials + (group * SPLITS + split) * SIZE, sums, gates, square, GATED, NORM)
         tl.debug_barrier()  # all threads' stores come before the release below
         if tl.atomic_add(counters + group, 1, sem="acq_rel") < SPLITS - 1:
             return
         tl.store(counters + group, 0)
-        sums = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
-        gates = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
-        square = tl.zeros((BLOCK_ROWS,), tl.float32)
-        for s in tl.static_range(SPLITS):
-            other = partials + (group * SPLITS + s).to(tl.int64) * STRIDE
-            sums += tl.load(other + cells, cache_modifier=".cg")
-            if KIND > 0:
-                gates += tl.load(other + BLOCK_OUT * BLOCK_ROWS + cells, cache_modifier=".cg")
-            if NORM:
-                square += tl.load(other + tail, cache_modifier=".cg")
+        sums, gates, square = gather(partials + group * SPLITS * SIZE, SIZE, SPLITS, BLOCK_OUT, BLOCK_ROWS, GATED, NORM)
     if NORM:
         scale = tl.rsqrt(square / INNER + eps)
         sums *= scale[None, :]
         gates *= scale[None, :]
     if BIAS:
         sums += tl.load(bias + clamped).to(tl.float32)[:, None]
-    if KIND > 0:
+    if GATED:
         if BIAS:
             gates += tl.load(bias + num_out + clamped).to(tl.float32)[:, None]
         sums = activate(sums, KIND) * gates
