@@ -116,8 +116,8 @@ def request_tile(pages, page, at, kv_head, K: tl.constexpr, PAGE: tl.constexpr, 
 
 @triton.jit
 def find_work(
-    lengths, slots, rows, item, num_rows, budget,
-    NEW: tl.constexpr, WINDOW: tl.constexpr, BLOCK_C: tl.constexpr, SPLIT_TILES: tl.constexpr, FIXED: tl.constexpr,
+    lengths, slots, rows, item, num_rows, budget, fewest_tiles,
+    NEW: tl.constexpr, WINDOW: tl.constexpr, BLOCK_C: tl.constexpr, FIXED: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """(row, length, slot, split, splits of the row, tiles of a split) of a work item; row = num_rows: none is left.
@@ -137,9 +137,9 @@ def find_work(
     if NEW:
         seen -= 1
     tiles = tl.where(real, tl.cdiv(seen, BLOCK_C) - first_tile, 0)
-    share = SPLIT_TILES
+    share = fewest_tiles
     if not FIXED:
-        share = tl.maximum(SPLIT_TILES, tl.cdiv(tl.sum(tiles, 0), budget))
+        share = tl.maximum(fewest_tiles, tl.cdiv(tl.sum(tiles, 0), budget))
     active = tl.where(real, tl.maximum(1, tl.cdiv(tiles, share)), 0)
     ends = tl.cumsum(active, 0)
     row = tl.sum((real & (ends <= item)).to(tl.int32), 0)
@@ -209,7 +209,10 @@ def merge(
     tl.store(out + cells, (total * (v_scale / weight)[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_rows", "budget"])
+@triton.jit(
+    do_not_specialize=["table_stride", "num_rows", "budget", "fewest_tiles"],
+    do_not_specialize_on_alignment=["page_table", "slots", "lengths", "rows"],
+)
 def decode_kernel(
     qkv,  # [S, (N + 2K) * H]; without NEW the finished queries [T, N, H]
     out,  # [S, N * H]; without NEW [T, N, H]
@@ -229,6 +232,7 @@ def decode_kernel(
     table_stride,
     num_rows,
     budget,  # splits that all rows together may have beyond one each
+    fewest_tiles,  # of a split, exactly so many if FIXED
     factor,  # of the scores, see softcap
     cap,
     eps,
@@ -247,7 +251,6 @@ def decode_kernel(
     HALF: tl.constexpr,
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,  # 0 = none
-    SPLIT_TILES: tl.constexpr,  # fewest tiles of a split, exactly so many if FIXED
     FIXED: tl.constexpr,
     NEW: tl.constexpr,  # norm, rope and cache write are done here, else they have been
     Q_NORM: tl.constexpr,
@@ -265,7 +268,7 @@ def decode_kernel(
     if DEPENDENT:
         cuda.gdc_launch_dependents()
     ticket, length, slot, split, active, share = find_work(
-        lengths, slots, rows, item, num_rows, budget, NEW, WINDOW, BLOCK_C, SPLIT_TILES, FIXED, BLOCK_S
+        lengths, slots, rows, item, num_rows, budget, fewest_tiles, NEW, WINDOW, BLOCK_C, FIXED, BLOCK_S
     )
     if ticket >= num_rows:
         return
@@ -432,12 +435,12 @@ def launch(
         options["maxnreg"] = plan.registers
     decode_kernel[(kv_heads, items)](
         qkv, out, cache[layer, 0], cache[layer, 1], page_table, slots, lengths, rows, *turn, q_norm, k_norm, sinks,
-        workspace.partials, workspace.counters, page_table.stride(0), count, budget,
+        workspace.partials, workspace.counters, page_table.stride(0), count, budget, share,
         factor, cap, float(eps), float(offset), *kv_scales,
         NUM_HEADS=num_heads, NUM_KV_HEADS=kv_heads, HEAD=head_size, BLOCK_H=block_h, BLOCK_G=block_g,
         BLOCK_C=plan.block, BLOCK_Z=max(1, plan.merged * 512 // (group_2 * block_h)), GROUP_2=group_2,
         BLOCK_S=block_s, HALF=rotary_half(turn[0], count, head_size), PAGE=page, WINDOW=window or 0,
-        SPLIT_TILES=share, FIXED=workspace.fixed_split > 0, NEW=rows is None,
+        FIXED=workspace.fixed_split > 0, NEW=rows is None,
         Q_NORM=q_norm is not None, K_NORM=k_norm is not None, CAP=logit_cap is not None, SINKS=sinks is not None,
         STAGES=plan.stages, REQUESTS=plan.requests if linear else 0, DEPENDENT=dependent,
         num_warps=plan.warps, **options,

@@ -132,7 +132,10 @@ def attend_tiles(
     return top, weight, total
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit(
+    do_not_specialize=["table_stride"],
+    do_not_specialize_on_alignment=["page_table", "slots", "query_starts", "lengths", "tiles"],
+)
 def ragged_kernel(
     q,  # [T, N, H]
     out,  # [T, N, H]

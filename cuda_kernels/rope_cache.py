@@ -64,7 +64,7 @@ def storable(x, inverse_scale, ACT: tl.constexpr, STORED: tl.constexpr):
     return x.to(STORED)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["write_at"])
 def rope_write_kernel(
     qkv,  # [T, (N + 2K) * H]
     q_out,  # [T, N, H]

@@ -31,7 +31,7 @@ from torch_models.fused import FusedDecoder
 
 WARM_TOKENS = (2, 5, 9, 17, 33, 65, 129, 257, 513, 2049)  # one of each class of sizes that kernels tell apart
 TOPS = (0, 5, 20, MOST_TOP)
-WARM_SINGLES = (1, 17, 129, 1025)
+WARM_SINGLES = (1, 17, 65, 257, 1025)
 
 
 class GpuSteps(EagerSteps):

@@ -17,7 +17,7 @@ FLOATS = dict.fromkeys(("factor", "cap", "eps", "offset", "k_scale", "v_scale"),
 
 def decode(arch: int, head: int, new: bool, page: int = 64, window: int = 0, capped: bool = False, sinks: bool = False):
     types = POINTERS | FLOATS | {"qkv": "*bf16", "out": "*bf16", "partials": "*fp32", "counters": "*i32"}
-    types |= dict.fromkeys(("table_stride", "num_rows", "budget"), "i32")
+    types |= dict.fromkeys(("table_stride", "num_rows", "budget", "fewest_tiles"), "i32")
     types |= {"cos": "*fp32", "sin": "*fp32", "q_norm": "*fp32", "k_norm": "*fp32"} if new else {"rows": "*i32"}
     constants = {x: None for x in ("rows", "cos", "sin", "q_norm", "k_norm", "sinks") if x not in types}
     if sinks:
@@ -26,7 +26,7 @@ def decode(arch: int, head: int, new: bool, page: int = 64, window: int = 0, cap
     constants |= {
         "NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD": head, "BLOCK_H": 1 << (head - 1).bit_length(), "BLOCK_G": 16,
         "BLOCK_C": 64 if head <= 128 else 32, "BLOCK_Z": 16 if head <= 128 else 8, "GROUP_2": 4, "BLOCK_S": 128,
-        "HALF": head // 2 if new else 0, "PAGE": page, "WINDOW": window, "SPLIT_TILES": 4, "FIXED": False, "NEW": new,
+        "HALF": head // 2 if new else 0, "PAGE": page, "WINDOW": window, "FIXED": False, "NEW": new,
         "Q_NORM": new, "K_NORM": new, "CAP": capped, "SINKS": sinks, "STAGES": 3,
         "REQUESTS": int(page == 64 and head == 128), "DEPENDENT": arch >= 90,
     }  # fmt: skip
