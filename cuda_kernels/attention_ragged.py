@@ -29,7 +29,7 @@ from cuda_kernels.attention_decode import (
     scores_of,
 )
 
-PACKED_QUERIES = 128  # queries times heads of a tile
+PACKED_QUERIES = 64  # queries times heads of a tile: one warp group, and two programs share a multiprocessor
 
 
 def query_tile(num_heads: int, num_kv_heads: int) -> int:
@@ -205,11 +205,11 @@ def ragged_kernel(
 
 
 def blocks(head_size: int, item_bytes: int) -> tuple[int, int, int]:
-    """(keys of a tile, stages, warps) that fit the shared memory, by the bytes of a head."""
+    """(keys of a tile, stages, warps) that fit the shared memory, by the bytes of a head. Measured on an H200."""
     row_bytes = triton.next_power_of_2(head_size) * item_bytes
     if row_bytes <= 256:
-        return 64, 3, 8
-    return (64, 2, 8) if row_bytes <= 512 else (32, 1, 8)
+        return 64, 3, 4
+    return (64, 2, 4) if row_bytes <= 512 else (32, 1, 4)
 
 
 def has_tma(device: torch.device) -> bool:

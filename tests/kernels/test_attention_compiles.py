@@ -40,10 +40,10 @@ def ragged(arch: int, head: int, page: int = 64, window: int = 0, tma: bool = Fa
         types |= dict.fromkeys(("k_pages", "v_pages"), f"tensordesc<bf16[64, {head}]>")
     constants = {
         "sinks": None, "NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD": head, "BLOCK_H": 1 << (head - 1).bit_length(),
-        "BLOCK_M": 128, "BLOCK_C": 64 if head <= 128 else 32, "Q_TILE": 32, "PAGE": page, "WINDOW": window,
-        "CAP": False, "SINKS": False, "STAGES": 2, "TMA": tma,
+        "BLOCK_M": 64, "BLOCK_C": 64, "Q_TILE": 16, "PAGE": page, "WINDOW": window,
+        "CAP": False, "SINKS": False, "STAGES": 3 if head <= 128 else 2, "TMA": tma,
     }  # fmt: skip
-    return "cuda_kernels.attention_ragged", "ragged_kernel", types, constants, arch, {"num_warps": 8}
+    return "cuda_kernels.attention_ragged", "ragged_kernel", types, constants, arch, {"num_warps": 4}
 
 
 def rope(arch: int):

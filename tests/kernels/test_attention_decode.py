@@ -72,6 +72,10 @@ def test_norm_and_partial_rope():
     )
 
 
+def test_more_rows():
+    check(make_case([1] * 20, [1 + 5 * i for i in range(20)], padding=3, num_heads=2, kv_heads=1, device=DEVICE))
+
+
 def test_no_rope():
     check(make_case([1] * 2, [9, 32], rotary=0, device=DEVICE))
 

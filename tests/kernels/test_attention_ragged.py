@@ -33,7 +33,7 @@ def test_work_covers_every_query_once():
     assert tiles == [[1, 0], [1, 8], [1, 16], [3, 0], [5, 0], [5, 8]]
     assert [first for _, first in work.tiles.tolist()] == [16, 8, 8, 0, 0, 0]
     assert work.singles.tolist() == [[0, 0], [4, 29]]
-    assert query_tile(32, 8) == 32 and query_tile(28, 4) == 18
+    assert query_tile(32, 8) == 16 and query_tile(28, 4) == 9
 
 
 def test_mixed_rows():
