@@ -73,6 +73,7 @@ ROUTES = ("engine/entrypoints/",)
 EXCEPTIONS: dict[tuple[str, str], str] = {
     ("imports", "backends/jax/runner.py"): "joins the rooms of backends/jax to the contract",
     ("imports", "backends/torch/runner.py"): "joins the rooms of backends/torch to the contract",
+    ("imports", "backends/torch/gpu.py"): "joins graphs, fused model and kernels to the steps of a GPU",
     ("imports", "backends/jax/programs.py"): "makes programs of what tables, sampler, forward pass and caches define",
     ("imports", "engine/core/start.py"): "the composition root: knows every room once, in the order of a start",
 }

@@ -11,18 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from backends.torch import gpu_sample
 from backends.torch.batch import Batch
 from backends.torch.eager import EagerSteps
 from backends.torch.graphs import DecodeGraphs
 from backends.torch.results import Outcome, Scores
-from backends.torch.sample import processed
 from backends.torch.step import Loaded, Step
 from cuda_kernels import compiles
 from cuda_kernels.attention_ragged import make_work, query_tile
 from cuda_kernels.gpu_attention import GpuWork
-from cuda_kernels.sampler import sample
-from cuda_kernels.sampling import argmax
-from cuda_kernels.score import MOST_TOP, score
 from engine.errors import fail
 from engine.opened import Use
 from engine.runner import Progress
@@ -30,7 +27,6 @@ from engine.step import I32, Sampler, StepPlan
 from torch_models.fused import FusedDecoder
 
 WARM_TOKENS = (2, 5, 9, 17, 33, 65, 129, 257, 513, 2049)  # one of each class of sizes that kernels tell apart
-TOPS = (0, 5, 20, MOST_TOP)
 WARM_SINGLES = (1, 17, 65, 257, 1025)
 
 
@@ -55,7 +51,7 @@ class GpuSteps(EagerSteps):
         for singles in WARM_SINGLES:  # rows of one token beside a longer one
             if singles < config.max_slots and singles + 2 <= most:
                 self._warm(np.array([1] * singles + [2], np.int32))
-        self._warm_sampler()
+        gpu_sample.warm_up(self._graphs.logits, self._loaded.tables, config.max_slots)
         torch.cuda.synchronize()
 
     def num_compiles(self) -> int:
@@ -75,7 +71,7 @@ class GpuSteps(EagerSteps):
             starts=starts.tolist(), num_new=num_new.tolist(), num_computed=[0] * rows, token_ids=ids,
             positions=positions, token_rows=token_rows, index=positions, slots=slots, logit_rows=last,
         )  # fmt: skip
-        argmax(self.logits(self.hidden(batch, ids)[last]))
+        self.logits(self.hidden(batch, ids)[last])
 
     def prepare(self, step: Step) -> None:
         if self._is_decode(step.plan):
@@ -115,35 +111,13 @@ class GpuSteps(EagerSteps):
             return
         outcome.send(*self._graphs.end(step.graph_inputs[0]))
 
-    def _warm_sampler(self) -> None:
-        tables = self._loaded.tables
-        for rows in (1, 2):
-            logits = self._graphs.logits[:rows]
-            slots = torch.full((rows,), self._loaded.config.max_slots, device=tables.device)
-            for num_top in TOPS:
-                self.score(logits, self.draw(logits, slots), num_top)
-
     def score(self, logits: Tensor, targets: Tensor, num_top: int) -> Scores:
-        wide = next((size for size in TOPS if size >= num_top), MOST_TOP + 1)  # few sizes: each is a kernel of its own
-        if wide > min(MOST_TOP, logits.shape[1]):
-            return super().score(logits, targets, num_top)
-        chosen, rank, ids, top = score(logits, targets, wide)
-        return chosen, rank, ids[:, :num_top], top[:, :num_top]
-
-    def draw(self, x: Tensor, slots: Tensor) -> Tensor:
-        """Token ids i64 [L] by temperature, filters and seed. x: f32 [L, V] behind the processors; slots: i64 [L]."""
-        tables = self._loaded.tables
-        columns = (tables.temperature, tables.min_p, tables.top_k, tables.top_p, tables.seed, tables.num_outputs)
-        return sample(x, slots, *columns)[0]
+        return gpu_sample.score(logits, targets, num_top)
 
     def pick(self, step: Step, logits: Tensor) -> Tensor:
-        tables, slots = self._loaded.tables, step.sampling_slots
-        if slots is None:
+        if step.sampling_slots is None:
             fail(f"step {step.step_id} was not prepared")
-        x = processed(logits, slots, step.mask, tables, step.uses)
-        if Use.RANDOM not in step.uses:
-            return argmax(x)
-        return self.draw(x, slots)
+        return gpu_sample.pick(logits, step.sampling_slots, step.mask, self._loaded.tables, step.uses)
 
     # any other step
 
