@@ -15,6 +15,7 @@ from torch import Tensor
 from cuda_kernels.attention_decode import decode_attention
 from cuda_kernels.attention_ragged import ragged_attention
 from cuda_kernels.rope_cache import rope_and_write
+from cuda_kernels.small_linear import can_overlap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +66,8 @@ def attend(
         return decode_attention(
             qkv, cache, layer, work.page_table, work.slots, work.lengths, cos, sin,
             num_heads=spec.num_heads, workspace=work.workspace, **limits, **norms,
+            # Tables and lengths are read before the launch in front is done: at layer 0 that may be what writes them.
+            dependent=layer > 0 and can_overlap(qkv.device),
         )  # fmt: skip
     q = rope_and_write(qkv, cache, layer, work.write_at, cos, sin, num_heads=spec.num_heads, **norms)
     out = ragged_attention(
