@@ -121,9 +121,10 @@ def product_seconds(product: Product, rows: int, plan: Plan | None, weights: lis
     return graph_seconds(lambda: [call(product, inputs, weight, plan) for weight in turns], len(turns))
 
 
-def chain_weights(model: str) -> list[tuple[Product, Tensor]]:
+def chain_weights(model: str, layers: int | None = None) -> list[tuple[Product, Tensor]]:
     """All products of a model in order, each with a weight of its own, then the head."""
-    layers, products, last = MODELS[model]
+    every, products, last = MODELS[model]
+    layers = layers or every
     return [(product, make_weight(product)) for _ in range(layers) for product in products] + [
         (last, make_weight(last))
     ]
@@ -183,6 +184,8 @@ def tile_plans(product: Product, rows: int) -> Iterator[Plan]:
         shared = (stages - 1) * 2 * block_in * (block_out * (2 if gated else 1) + width)
         if not 30_000 <= shared <= 160_000 or block_out * width * (1 + gated) > 64 * 256:
             continue
+        if count <= 264 and -(-count // 132) * shared > 116_000:
+            continue
         if apart and product.kind == "add":
             continue
         yield Plan(kernel="tile", block_out=block_out, block_in=block_in, splits=splits, stages=stages,
@@ -193,11 +196,6 @@ def plans_of(product: Product, rows: int) -> list[Plan]:
     return list(vector_plans(product) if rows == 1 else tile_plans(product, rows))
 
 
-def differences(plan: Plan, other: Plan) -> int:
-    return sum(mine != yours for mine, yours in zip(asdict(plan).values(), asdict(other).values(), strict=True))
-
-
-Cell = tuple[Product, int]
 Job = tuple[Product, int, Plan]
 
 
@@ -257,45 +255,42 @@ class Crew:
 
 
 def sweep(models: list[str], row_counts: list[int], bandwidth: float, most: int, seconds: float, seed: int) -> None:
-    """Times plans of each shape: some at random, then neighbours of the best; prints the best and their chains."""
-    cells = [(product, rows) for model in models for product in MODELS[model][1] for rows in row_counts]
+    """Plans as neighbours in the chain of a model: product after product takes the plan that makes the chain fastest.
+
+    A kernel by itself says too little: how well it starts beside the one before is a matter of both.
+    """
     crew, chance = Crew(), random.Random(seed)
-    found: dict[Cell, dict[Plan, float]] = {cell: {} for cell in cells}
-    for phase in range(2):
-        jobs: list[Job] = []
-        for cell in cells:
-            fresh = [plan for plan in plans_of(*cell) if plan not in found[cell]]
-            chance.shuffle(fresh)
-            if phase:
-                best = sorted(found[cell], key=found[cell].__getitem__)[:3]
-                fresh.sort(key=lambda plan: min((differences(plan, other), place) for place, other in enumerate(best)))
-            jobs += [(*cell, plan) for plan in fresh[: most * 2 // 3 if phase else most]]
-        fit = crew.compile(jobs, seconds)
-        for product in dict.fromkeys(product for product, _ in cells):
-            weights = [make_weight(product) for _ in range(max(1, min(64, (500 << 20) // product.weight_bytes)))]
-            for rows in row_counts:
-                tried = found[product, rows]
-                if not phase:
-                    tried[LIBRARY] = product_seconds(product, rows, LIBRARY, weights)
-                for _, _, plan in (job for job in fit if job[:2] == (product, rows)):
-                    tried[plan] = product_seconds(product, rows, plan, weights)
-            del weights
-        for cell in cells if phase else ():
-            print_cell(*cell, found[cell], bandwidth)
-    crew.close()
-    best = {
-        rows: {p: min(found[p, r], key=found[p, r].__getitem__) for p, r in cells if r == rows} for rows in row_counts
-    }
+    jobs: list[Job] = []
     for model in models:
+        for product, rows in itertools.product(MODELS[model][1], row_counts):
+            plans = plans_of(product, rows)
+            chance.shuffle(plans)
+            jobs += [(product, rows, plan) for plan in plans[:most]]
+    fit = crew.compile(jobs, seconds)
+    crew.close()
+    best: dict[int, dict[Product, Plan]] = {rows: {} for rows in row_counts}
+    for model in models:
+        products = MODELS[model][1]
+        chain = chain_weights(model, 6 if model == "8b" else 28)[:-1]
+        for rows in row_counts:
+            now = {p: plan_of(rows, p.num_out, p.inner, p.kind == "gated") for p in products}
+            for _ in range(2):
+                for product in products:
+                    plans = [now[product], LIBRARY, *(plan for p, r, plan in fit if (p, r) == (product, rows))]
+                    times = {plan: chain_seconds(chain, rows, now | {product: plan}) for plan in plans}
+                    now[product] = min(times, key=times.__getitem__)
+            best[rows] |= now
+            for product in products:
+                times = {
+                    plan: chain_seconds(chain, rows, now | {product: plan})
+                    for plan in [LIBRARY, *(plan for p, r, plan in fit if (p, r) == (product, rows))]
+                }
+                print(f"{model} {product.name} rows {rows}: chain {chain_seconds(chain, rows, now) * 1e6:.1f} us, "
+                      f"with cuBLAS here {times[LIBRARY] * 1e6:.1f}", flush=True)  # fmt: skip
+                for plan in sorted(times, key=times.__getitem__)[:3]:
+                    print(f"   {times[plan] * 1e6:8.2f} us {json.dumps(short(plan))}", flush=True)
+        del chain
         print_chain(model, row_counts, bandwidth, {"best": best, "cuBLAS": library_plans(model, row_counts)})
-
-
-def print_cell(product: Product, rows: int, tried: dict[Plan, float], bandwidth: float) -> None:
-    floor = product.weight_bytes / bandwidth
-    print(f"{product.name} {product.num_out}x{product.inner} rows {rows}: cuBLAS {tried[LIBRARY] * 1e6:.1f} us, "
-          f"floor {floor * 1e6:.1f}, {len(tried)} tried", flush=True)  # fmt: skip
-    for plan in sorted(tried, key=tried.__getitem__)[:5]:
-        print(f"   {tried[plan] * 1e6:7.2f} us {floor / tried[plan]:5.1%} {json.dumps(short(plan))}", flush=True)
 
 
 def short(plan: Plan) -> dict:
