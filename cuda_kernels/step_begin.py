@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -52,11 +53,7 @@ def begin_decode(
     deltas: entries that say nothing name a place of the padding slot; bad: i32 [S] to write.
     """
     rows, (vocab, width) = len(slots), embed.shape
-    if token_ids.shape != (rows,) or computed.shape != (rows,) or last_token.shape != length.shape:
-        raise ValueError(f"{rows} slots, token_ids {tuple(token_ids.shape)}, computed {tuple(computed.shape)}")
-    parts = (slots, token_ids, computed, embed, *(part for delta in deltas for part in delta))
-    if any(not part.is_contiguous() for part in parts) or any(len(part) != rows for d in deltas for part in d[:3]):
-        raise ValueError(f"embed, slots, token_ids, computed and deltas must be contiguous, and of {rows} rows")
+    check_columns(rows, (token_ids, computed), (slots, embed), deltas)
     device = slots.device
     bad = torch.empty(rows, dtype=torch.int32, device=device) if bad is None else bad
     numbers = torch.empty(3, rows, dtype=torch.int32, device=device)
@@ -67,19 +64,33 @@ def begin_decode(
     )
     x = torch.empty(rows, width, dtype=embed.dtype, device=device)
     scale = float(torch.tensor(embedding_scale, dtype=embed.dtype))
-    block = triton.next_power_of_2(max(width, *halves) if halves else width)
+    block = triton.next_power_of_2(max((width, *halves)))
+    inv_freqs, turn_scales = columns_of(ropes, 2)
+    cosines, sines = columns_of(turns, 2)
+    delta_slots, delta_columns, delta_pages, tables = columns_of(deltas, 4)
     if rows:
         begin_kernel[(rows,)](
             slots, token_ids, computed, last_token, length, numbers, bad, embed, x, vocab, scale,
-            tuple(inv_freq for inv_freq, _ in ropes), tuple(scale for _, scale in ropes),
-            tuple(cos for cos, _ in turns), tuple(sin for _, sin in turns),
-            tuple(delta[0] for delta in deltas), tuple(delta[1] for delta in deltas),
-            tuple(delta[2] for delta in deltas), tuple(delta[3] for delta in deltas),
-            PAGES=tuple(table.shape[1] for *_, table in deltas), HALVES=tuple(halves),
+            inv_freqs, turn_scales, cosines, sines, delta_slots, delta_columns, delta_pages, tables,
+            PAGES=tuple(table.shape[1] for table in tables), HALVES=tuple(halves),
             WIDTH=width, BLOCK=triton.next_power_of_2(width), SCALED=scale != 1.0,
             num_warps=min(max(block // 512, 1), 8),
         )  # fmt: skip
     return DecodeStart(ids=numbers[0], bad=bad, positions=numbers[1], lengths=numbers[2], turns=turns, x=x)
+
+
+def columns_of(rows: Sequence[tuple[Any, ...]], width: int) -> tuple[tuple[Any, ...], ...]:
+    """The rows' first parts, their second parts, and so on; `width` empty tuples for no rows."""
+    return tuple(zip(*rows, strict=True)) if rows else ((),) * width
+
+
+def check_columns(rows: int, columns: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor], deltas: Deltas) -> None:
+    """Raise ValueError unless the columns have a number a row and everything lies together."""
+    told = [*columns, *(part for delta in deltas for part in delta[:3])]
+    if any(len(part) != rows for part in told):
+        raise ValueError(f"{rows} slots; token_ids, computed and deltas of {[len(part) for part in told]}")
+    if not all(part.is_contiguous() for part in (*told, *others, *(delta[3] for delta in deltas))):
+        raise ValueError("embed, slots, token_ids, computed and deltas must be contiguous")
 
 
 @triton.jit(do_not_specialize=["vocab"], do_not_specialize_on_alignment=["slots", "token_ids", "computed", "bad"])
