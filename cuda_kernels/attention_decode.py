@@ -1,12 +1,13 @@
 """Attention of rows with one new token each, in one Triton launch: norm, rope, cache write, split keys, merge.
 
 Called by gpu_attention.py in a CUDA graph of a decode step, and by attention_ragged.py for the one-token rows of a
-mixed step. A program has one row, one KV head (its query heads packed in one tile) and one split of the keys. How many
-splits a row uses follows from its length on the device, the others leave at once; the last one to finish merges all,
-in split order, so results do not depend on who came last. They do depend on the number of splits in the grid, thus on
-the rows of the step, unless the workspace was made with `fixed_split`.
+mixed step. A program has one KV head (its query heads packed in one tile) of a work item: a row, or a split of its keys.
+Every program finds its item from all lengths, so one captured grid serves any lengths; the last split of a row to
+finish merges all, in their order, so results do not depend on who came last. They do depend on how many splits a row
+has, thus on the other rows, unless the workspace was made with `fixed_split`; and a row's own key is attended to first
+here and in its place among the keys in a mixed step, which rounds differently.
 Page table, slots and lengths may be read before the kernel in front has finished (DEPENDENT): it must not write them.
-Letters: S rows · N query heads · K KV heads · G = N / K · H head size · R rotary size · Z splits · P pages.
+Letters: S rows · N query heads · K KV heads · G = N / K · H head size · R rotary size · P pages · C keys of a tile.
 """
 
 from __future__ import annotations
@@ -380,14 +381,14 @@ def score_factors(scale: float, logit_cap: float | None, k_scale: float) -> tupl
     return 2.0 * scale * k_scale / logit_cap, logit_cap * LOG2_E
 
 
-def plan_for(rows: int, kv_heads: int, row_bytes: int, num_sms: int) -> Plan:
+def plan_for(rows: int, kv_heads: int, row_bytes: int, work: Workspace) -> Plan:
     """row_bytes: of one key, padded to a power of two.
 
     Where splits can make all programs run at once, they are made for that; else there are so many that the last ones
-    weigh little. Measured on an H200 for 8 KV heads of 128 values.
+    weigh little. Measured on an H200 for 8 KV heads of 128 values. With a fixed split the rows have no say.
     """
     block = 64 if row_bytes <= 256 else 32
-    if rows * kv_heads <= num_sms * PROGRAMS_OF_SM:
+    if not work.fixed_split and rows * kv_heads <= work.num_sms * PROGRAMS_OF_SM:
         return Plan(block=block, waves=1, merged=16, split_keys=64 if rows == 1 else 256)
     return Plan(block=block, waves=2, merged=4)
 
@@ -426,7 +427,7 @@ def launch(
     count = slots.shape[0] if rows is None else rows.shape[0]
     (q_norm, k_norm, eps, offset), (scale, window, logit_cap, sinks) = norms, limits
     block_h, block_g = triton.next_power_of_2(head_size), max(16, triton.next_power_of_2(group))
-    plan = plan_for(count, kv_heads, block_h * cache.element_size(), workspace.num_sms)
+    plan = plan_for(count, kv_heads, block_h * cache.element_size(), workspace)
     items, budget, share = work_items(count, kv_heads, page_table.shape[1] * page, workspace, plan)
     needed = items * num_heads * (head_size + 2)
     if needed > workspace.partials.numel() or count * kv_heads > workspace.counters.numel():
