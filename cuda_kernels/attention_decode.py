@@ -1,7 +1,7 @@
 """Attention of rows with one new token each, in one Triton launch: norm, rope, cache write, split keys, merge.
 
 Called by gpu_attention.py in a CUDA graph of a decode step, and by attention_ragged.py for the one-token rows of a
-mixed step. A program has one KV head (its query heads packed in one tile) of a work item: a row, or a split of its keys.
+mixed step. A program has one KV head (query heads packed in one tile) of a work item: a row, or a split of its keys.
 Every program finds its item from all lengths, so one captured grid serves any lengths; the last split of a row to
 finish merges all, in their order, so results do not depend on who came last. They do depend on how many splits a row
 has, thus on the other rows, unless the workspace was made with `fixed_split`; and a row's own key is attended to first
