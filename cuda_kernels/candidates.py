@@ -53,6 +53,23 @@ def sum_of_tiles(tops, top, TILES: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def weighed(values, top, found, least, ROOM: tl.constexpr):
+    """(values of the candidates, their keys, weights exp(value - top) of those that reach `least`, 0 of others)."""
+    at = tl.arange(0, ROOM)
+    value = tl.load(values + at, mask=at < found, other=-float("inf"))
+    order = sortable(value)
+    return value, order, tl.where((at < found) & (order >= least), tl.exp(value - top), 0.0)
+
+
+@triton.jit
+def bounds_of(peaks, floor, SUBS: tl.constexpr, BLOCK: tl.constexpr):
+    """(largest value of a row, least key that min-p keeps). peaks: f32 [B]; floor: min_p, 0 = off."""
+    span = tl.arange(0, BLOCK)
+    top = tl.max(tl.load(peaks + span, mask=span < SUBS, other=-float("inf")), 0)
+    return top, tl.where(floor > 0, tl.maximum(sortable(top + tl.log(floor)), LOWEST), LOWEST)
+
+
+@triton.jit
 def gather(
     source,  # [V] logits of the row
     heat,  # its temperature
@@ -61,22 +78,18 @@ def gather(
     values,  # f32 [ROOM] to write
     ids,  # i32 [ROOM] to write
     wanted,  # how many peaks
-    floor,  # min_p, 0 = off
+    lowest,  # no key under this one is wanted
+    top,  # the largest value
     vocab,
     SUBS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROOM: tl.constexpr,
 ):
-    """-> (largest value, key of the min-p floor, least key gathered, how many); more than ROOM: not all were written.
-
-    Written in the order of their ids.
-    """
+    """-> (least key gathered, how many); more than ROOM: not all were written. They are in the order of their ids."""
     span = tl.arange(0, BLOCK)
-    peak = tl.load(peaks + span, mask=span < SUBS, other=-float("inf"))
-    top = tl.max(peak, 0)
-    order = sortable(peak)
-    lowest = tl.where(floor > 0, tl.maximum(sortable(top + tl.log(floor)), LOWEST), LOWEST)
+    order = sortable(tl.load(peaks + span, mask=span < SUBS, other=-float("inf")))
     least = count_threshold(order, wanted, lowest, sortable(top))
+    tl.debug_barrier()  # a former turn's readers are done
     chosen = (order >= least).to(tl.int32)
     tl.store(spans + tl.cumsum(chosen, 0) - 1, span, mask=chosen > 0)
     tl.debug_barrier()  # other threads read what was stored
@@ -97,4 +110,4 @@ def gather(
         found += tl.sum(kept, 0)
         first += SPANS_AT_ONCE
     tl.debug_barrier()
-    return top, lowest, least, found
+    return least, found

@@ -15,15 +15,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cuda_kernels.candidates import LOWEST, SPAN, count_threshold, gather, mass_threshold, sum_of_tiles
+from cuda_kernels.candidates import (
+    SPAN,
+    bounds_of,
+    count_threshold,
+    gather,
+    mass_threshold,
+    sum_of_tiles,
+    weighed,
+)
 from cuda_kernels.sampling import best_id, best_key, keyed, sortable
 
 TILE = 2048
 ROOM = 2048  # candidates of a row
 MOST_PEAKS = tl.constexpr(1024)  # asked for at once; a larger top-k goes to `search`
-PEAKS = tl.constexpr(192)  # asked for where there is no top-k
+PEAKS = tl.constexpr(192)  # asked for first where there is no top-k
 SEARCH_BLOCK = 8192
-SURVEY_WARPS, CHOOSE_WARPS, SEARCH_WARPS = 4, 4, 16
+SURVEY_WARPS, CHOOSE_WARPS, SEARCH_WARPS = 4, 8, 16
 PHILOX_M0, PHILOX_M1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
 PHILOX_W0, PHILOX_W1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)
 
@@ -244,32 +252,37 @@ def choose_kernel(
     left = 0
     if (heat > 0) & filtered:
         here = floats + row.to(tl.int64) * (SUBS + 2 * TILES + ROOM)
-        source = x + row.to(tl.int64) * stride
+        source, values, numbers = x + row.to(tl.int64) * stride, here + SUBS + 2 * TILES, mine + SUBS
+        top, lowest = bounds_of(here, floor, SUBS, SUB_BLOCK)
+        exact = (count > 0) & (count <= MOST_PEAKS)  # as many peaks as ids are wanted: all of these will be found
+        share = 0.0  # of the whole row's weight, which the survey knows unless min-p is on
+        if (mass < 1) & (count == 0):
+            share = mass * sum_of_tiles(here + SUBS, top, TILES, TILE_BLOCK)
         wanted = tl.where(count > 0, tl.minimum(count, MOST_PEAKS), PEAKS)
-        top, lowest, least, found = gather(
-            source, heat, here, mine, here + SUBS + 2 * TILES, mine + SUBS, wanted, floor, vocab, SUBS, SUB_BLOCK, ROOM
-        )
-        at = tl.arange(0, ROOM)
-        warm = tl.load(here + SUBS + 2 * TILES + at, mask=at < found, other=-float("inf"))
-        ids = tl.load(mine + SUBS + at, mask=at < found, other=0)
-        order = sortable(warm)
-        all_here = (least == lowest) & (found <= ROOM)  # all that min-p keeps
-        left = ((found > ROOM) | ((count > MOST_PEAKS) & (all_here == 0))).to(tl.int32)
+        least, found, done, left = lowest, lowest * 0, lowest * 0, lowest * 0
+        while done == 0:
+            least, found = gather(
+                source, heat, here, mine, values, numbers, wanted, lowest, top, vocab, SUBS, SUB_BLOCK, ROOM
+            )
+            left = ((least > lowest) & (exact == 0)).to(tl.int32)
+            if (mass < 1) & (count == 0) & (floor <= 0):
+                _value, _order, weight = weighed(values, top, tl.minimum(found, ROOM), least, ROOM)
+                left = tl.where(tl.sum(weight, 0) >= share, 0, left)
+            left = tl.where(found > ROOM, 1, left)
+            done = ((left == 0) | (found > ROOM) | (wanted >= MOST_PEAKS)).to(tl.int32)
+            wanted = tl.minimum(wanted * 4, MOST_PEAKS)
+        found = tl.minimum(found, ROOM)
         kept = least
+        warm, order, _weight = weighed(values, top, found, least, ROOM)
         if count > 0:
             kept = count_threshold(order, count, least, sortable(top))
         if mass < 1:
-            weights = tl.where(order >= kept, tl.exp(warm - top), 0.0)
-            weights = tl.where(at < found, weights, 0.0)
-            sum_here = tl.sum(weights, 0)
-            whole = sum_here
-            if (count == 0) & (all_here == 0):
-                whole = sum_of_tiles(here + SUBS, top, TILES, TILE_BLOCK)
-            share = mass * whole
-            left = tl.where(sum_here >= share, left, 1)
-            kept = mass_threshold(order, weights, share, kept, sortable(top))
-        elif count == 0:
-            left = tl.where(all_here, left, 1)
+            _value, _order, weight = weighed(values, top, found, kept, ROOM)
+            if (count > 0) | (least == lowest):  # all that is kept so far is here
+                share = mass * tl.sum(weight, 0)
+            kept = mass_threshold(order, weight, share, kept, sortable(top))
+        at = tl.arange(0, ROOM)
+        ids = tl.load(numbers + at, mask=at < found, other=0)
         number, k0, k1 = key_of(seed, num_outputs, slot)
         score = tl.where((order >= kept) & (at < found), warm + noise_of(number, k0, k1, ids), -float("inf"))
         best = tl.max(score, 0)
@@ -346,10 +359,8 @@ def search_kernel(
         heat = tl.load(temperature + slot)
         floor, count, mass, _filtered = filters_of(slot, min_p, top_k, top_p, vocab)
         source = x + row.to(tl.int64) * stride
-        span = tl.arange(0, SUB_BLOCK)
-        peaks = floats + row.to(tl.int64) * (SUBS + 2 * TILES + ROOM) + span
-        top = tl.max(tl.load(peaks, mask=span < SUBS, other=-float("inf")), 0)
-        kept = tl.where(floor > 0, sortable(top + tl.log(floor)), LOWEST)
+        peaks = floats + row.to(tl.int64) * (SUBS + 2 * TILES + ROOM)
+        top, kept = bounds_of(peaks, floor, SUBS, SUB_BLOCK)
         if count > 0:
             kept = narrow(source, heat, top, kept, count.to(tl.float32), vocab, False, BLOCK)
         if mass < 1:

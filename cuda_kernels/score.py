@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cuda_kernels.candidates import SPAN, gather, sum_of_tiles
+from cuda_kernels.candidates import LOWEST, SPAN, gather, sum_of_tiles
 from cuda_kernels.sampling import LAST_ID, keyed
 
 TILE = 4096
@@ -122,7 +122,9 @@ def rank_kernel(
     tl.store(rank + row, 1 + tl.sum(tl.load(mine + SUBS + tile, mask=tile < TILES, other=0), 0))
     if TOP > 0:
         values, numbers = here + SUBS + 2 * TILES, mine + SUBS + TILES
-        _, _, _, found = gather(source, 1.0, here, mine, values, numbers, TOP, 0.0, vocab, SUBS, SUB_BLOCK, ROOM)
+        _least, found = gather(
+            source, 1.0, here, mine, values, numbers, TOP, row * 0 + LOWEST, top, vocab, SUBS, SUB_BLOCK, ROOM
+        )
         at = tl.arange(0, ROOM)
         value = tl.load(values + at, mask=at < found, other=0.0)
         keys = tl.where(at < found, keyed(value, tl.load(numbers + at, mask=at < found, other=0)), SPENT)

@@ -77,6 +77,12 @@ def test_the_tokens_are_those_of_torch(kind: str, vocab: int) -> None:
     check(x, FILTERS, seed=vocab)
 
 
+def test_rows_that_need_a_second_gathering_or_min_p_before_top_p() -> None:
+    rows = [(1.6, 0.0, 0, 0.9), (1.0, 1e-3, 0, 0.95), (1.7, 2e-4, 0, 0.9), (1.0, 0.0, 0, 0.99), (4.0, 3e-3, 0, 0.7)]
+    for seed in range(3):
+        check(peaked(len(rows), 40000, seed), rows, seed)
+
+
 def test_logits_of_16_bits_and_rows_with_strides() -> None:
     x = peaked(len(FILTERS), 4200, 3)[:, :4100]
     check(x, FILTERS)
