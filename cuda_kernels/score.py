@@ -43,7 +43,7 @@ def score(logits: Tensor, targets: Tensor, num_top: int) -> tuple[Tensor, Tensor
         inputs = (logits, targets.contiguous(), floats, integers)
         review_kernel[(tiles, rows)](*inputs, logits.stride(0), **sizes, TILE=TILE)
         rank_kernel[(rows,)](
-            *inputs, chosen, rank, ids, top, logits.stride(0), **sizes, TOP=num_top,
+            *inputs, chosen, rank, ids, top, num_top, logits.stride(0), **sizes,
             TILE_BLOCK=triton.next_power_of_2(tiles), SUB_BLOCK=triton.next_power_of_2(subs), PIECE=TILE,
         )  # fmt: skip
     return chosen, rank, ids, top
@@ -91,7 +91,7 @@ def largest_under(source, last, vocab, PIECE: tl.constexpr):
     return found
 
 
-@triton.jit(do_not_specialize_on_alignment=["targets"])
+@triton.jit(do_not_specialize=["num_top"], do_not_specialize_on_alignment=["targets"])
 def rank_kernel(
     logits,
     targets,
@@ -101,12 +101,12 @@ def rank_kernel(
     rank,  # i32 [S]
     top_ids,  # i32 [S, k]
     tops,  # f32 [S, k]
+    num_top,  # k
     stride,
     vocab: tl.constexpr,
     TILES: tl.constexpr,
     SUBS: tl.constexpr,
     ROOM: tl.constexpr,
-    TOP: tl.constexpr,  # k
     TILE_BLOCK: tl.constexpr,
     SUB_BLOCK: tl.constexpr,
     PIECE: tl.constexpr,
@@ -120,23 +120,23 @@ def rank_kernel(
     norm = top + tl.log(sum_of_tiles(here + SUBS, top, TILES, TILE_BLOCK))
     tl.store(chosen + row, tl.load(source + tl.load(targets + row)).to(tl.float32) - norm)
     tl.store(rank + row, 1 + tl.sum(tl.load(mine + SUBS + tile, mask=tile < TILES, other=0), 0))
-    if TOP > 0:
+    if num_top > 0:
         values, numbers = here + SUBS + 2 * TILES, mine + SUBS + TILES
         _least, found = gather(
-            source, 1.0, here, mine, values, numbers, TOP, row * 0 + LOWEST, top, vocab, SUBS, SUB_BLOCK, ROOM
+            source, 1.0, here, mine, values, numbers, num_top, row * 0 + LOWEST, top, vocab, SUBS, SUB_BLOCK, ROOM
         )
         at = tl.arange(0, ROOM)
         value = tl.load(values + at, mask=at < found, other=0.0)
         keys = tl.where(at < found, keyed(value, tl.load(numbers + at, mask=at < found, other=0)), SPENT)
-        on_chip = (found >= TOP) & (found <= ROOM)
+        on_chip = (found >= num_top) & (found <= ROOM)
         last = tl.full((), 2**63 - 1, tl.int64)
         nth = 0
-        while nth < TOP:
+        while nth < num_top:
             if on_chip:
                 last = tl.max(tl.where(keys < last, keys, SPENT), 0)
             else:
                 last = largest_under(source, last, vocab, PIECE)
             id = ((last & LAST_ID) ^ LAST_ID).to(tl.int32)
-            tl.store(top_ids + row * TOP + nth, id)
-            tl.store(tops + row * TOP + nth, tl.load(source + id).to(tl.float32) - norm)
+            tl.store(top_ids + row * num_top + nth, id)
+            tl.store(tops + row * num_top + nth, tl.load(source + id).to(tl.float32) - norm)
             nth += 1

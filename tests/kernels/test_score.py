@@ -59,8 +59,8 @@ def test_they_compile_for_both_architectures() -> None:
     types = {"logits": "*fp32", "targets": "*i64", "floats": "*fp32", "integers": "*i32", "stride": "i32"}
     sizes = {"vocab": 128256, "TILES": 32, "SUBS": 2048, "ROOM": score.ROOM}
     review = ("cuda_kernels.score", "review_kernel", types, sizes | {"TILE": score.TILE})
-    types = types | {"chosen": "*fp32", "rank": "*i32", "top_ids": "*i32", "tops": "*fp32"}
-    sizes = sizes | {"TOP": 20, "TILE_BLOCK": 32, "SUB_BLOCK": 2048, "PIECE": score.TILE}
+    types = types | {"chosen": "*fp32", "rank": "*i32", "top_ids": "*i32", "tops": "*fp32", "num_top": "i32"}
+    sizes = sizes | {"TILE_BLOCK": 32, "SUB_BLOCK": 2048, "PIECE": score.TILE}
     rank = ("cuda_kernels.score", "rank_kernel", types, sizes)
     for made in compile_kernels([(*kernel, arch, {"num_warps": 4}) for kernel in (review, rank) for arch in (80, 90)]):
         assert made["shared"] < 48 << 10
