@@ -174,7 +174,7 @@ def vector_plans(product: Product) -> Iterator[Plan]:
 def tile_plans(product: Product, rows: int) -> Iterator[Plan]:
     gated = product.kind == "gated"
     outs = product.num_out // 2 if gated else product.num_out
-    width = max(16, rows)
+    width = max(8, rows)
     for block_out, block_in, splits, stages, request, apart in itertools.product(
         (16, 32, 64, 128), (64, 128, 256), (1, 2, 3, 4, 6, 8), (3, 4, 5, 7), (0, 4, 8), (False, True)
     ):

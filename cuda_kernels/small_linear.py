@@ -241,7 +241,7 @@ def launch_vector(launch: Launch) -> None:
 def launch_tiles(launch: Launch) -> None:
     x, plan = launch.inputs[0], launch.plan
     rows, inner = x.shape
-    block_rows = 64 if plan is INVARIANT else min(max(triton.next_power_of_2(rows), 16), MOST_ROWS)
+    block_rows = 64 if plan is INVARIANT else min(max(triton.next_power_of_2(rows), 8), MOST_ROWS)
     splits = max(1, min(plan.splits, triton.cdiv(inner, plan.block_in)))
     grid = (triton.cdiv(launch.numbers[0], plan.block_out), splits, triton.cdiv(rows, block_rows))
     partials = counters = launch.out
