@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+# tests/kernels switches triton's interpreter on for its whole process: it never shares one with other tests
 # one BLAS thread a worker: two workers share two cores
 TEST_ENV := OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu TOKENIZERS_PARALLELISM=false
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile
@@ -15,7 +16,8 @@ serve: $(VENV)/.core
 test: static engine parity kernels server
 
 test-all: test
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m slow tests
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m slow tests --ignore tests/kernels
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m slow tests/kernels
 
 static: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -31,6 +33,7 @@ parity: $(VENV)/.test
 
 kernels: $(VENV)/.test
 	$(PYTEST) -m "not slow" tests/backends
+	$(PYTEST) -m "not slow" tests/kernels
 
 server: $(VENV)/.test
 	$(PYTEST) -m "not slow" tests/engine/entrypoints tests/e2e
