@@ -97,6 +97,7 @@ class Interrupting(EchoCore):
 
 
 def test_interrupt_aborts_everything(folders: dict[str, Path]) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a process begun in the background has it ignored
     core = Interrupting()
     llm = LLM(folders["byte_level"], client=InProcessClient(lambda *args: (core, build(*args)[1])))
     with pytest.raises(KeyboardInterrupt):
