@@ -30,7 +30,7 @@ from engine.plan_rules import check_plan
 from engine.runner import DeviceInfo, Placement, Progress, RunnerConfig
 from engine.specs.cache import CacheLayout
 from engine.specs.checkpoint import stream_params
-from engine.specs.weights import dummy_params
+from engine.specs.weights import dummy_blocks
 from engine.step import I32, U32, Event, OpenedRows, Sampler, StepPlan, StepResult
 from torch_models.decoder import Decoder
 
@@ -72,7 +72,7 @@ class Runner:
     def load(self, checkpoint: Path | None, progress: Progress | None = None) -> None:
         config = self._config
         if config.load_format == "dummy":
-            stream = dummy_params(config.arch, config.seed)
+            stream = dummy_blocks(config.arch, config.seed)
         elif config.load_format == "orbax":
             raise ConfigError("--load-format: orbax is not supported by the torch backend; use safetensors")
         else:

@@ -44,7 +44,10 @@ def storage(arch: ArchSpec) -> dict[str, tuple[str, int, tuple[int, ...]]]:
 def load_params(
     arch: ArchSpec, stream: Iterator[tuple[ParamSpec, RawTensor]], dtype: str, device: torch.device
 ) -> dict[str, Any]:
-    """The parameters on the device, in the tree that torch_models.decoder.Params describes."""
+    """The parameters on the device, in the tree that torch_models.decoder.Params describes.
+
+    stream: each parameter's numbers, or fewer that fill it over and over.
+    """
     places = storage(arch)
     flat: dict[str, Tensor] = {}
     rows_left = {name: shape[0] for name, _, shape in places.values()}
@@ -53,7 +56,7 @@ def load_params(
         if name not in flat:
             stored = torch.float32 if name.endswith("norm") else DTYPES[dtype]
             flat[name] = torch.empty(shape, dtype=stored, device=device)
-        flat[name][start : start + param.shape[0]].copy_(as_tensor(raw))
+        fill(flat[name][start : start + param.shape[0]], as_tensor(raw))
         rows_left[name] -= param.shape[0]
     missing = sorted(name for name, left in rows_left.items() if left)
     check(not missing, f"parameters are incomplete: {missing}")
@@ -61,6 +64,14 @@ def load_params(
         if value.dim() == 2 and name != "embed":  # rows of the embedding table are read one by one
             flat[name] = pack(value)
     return tree(arch, flat)
+
+
+def fill(target: Tensor, numbers: Tensor) -> None:
+    """Copy numbers into target, over and over where they are fewer (dummy weights). Both contiguous."""
+    whole, rest = divmod(target.numel(), numbers.numel())
+    flat, block = target.view(-1), numbers.reshape(-1).to(target.device)
+    flat[: whole * len(block)].view(whole, len(block)).copy_(block)
+    flat[whole * len(block) :].copy_(block[:rest])
 
 
 def as_tensor(raw: RawTensor) -> Tensor:
