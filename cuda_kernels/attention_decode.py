@@ -84,6 +84,14 @@ def softcap(s, cap, CAP: tl.constexpr):
 
 
 @triton.jit
+def for_products(q, FP16: tl.constexpr):
+    """Queries in the dtype of the products with keys."""
+    if FP16:
+        q = tl.minimum(tl.maximum(q.to(tl.float32), -65504.0), 65504.0).to(tl.float16)
+    return q
+
+
+@triton.jit
 def page_of(table, at, end, PAGE: tl.constexpr, C: tl.constexpr):
     """The page of a tile that lies in one, asked for a tile ahead: then key loads wait for no other load."""
     page = 0
@@ -148,6 +156,8 @@ def find_work(
     length = tl.sum(tl.where(mine, seen, 0), 0) + (1 if NEW else 0)
     slot = tl.sum(tl.where(mine, held, 0), 0)
     splits = tl.sum(tl.where(mine, active, 0), 0)
+    if not FIXED:  # of even size
+        share = tl.cdiv(tl.sum(tl.where(mine, tiles, 0), 0), tl.maximum(1, splits))
     split = item - tl.sum(tl.where(mine, ends - active, 0), 0)
     return row, length, slot, split, splits, share
 
@@ -259,6 +269,7 @@ def decode_kernel(
     CAP: tl.constexpr,
     SINKS: tl.constexpr,
     STAGES: tl.constexpr,
+    FP16: tl.constexpr,  # products in fp16: e4m3 becomes that in one instruction, bf16 in several
     REQUESTS: tl.constexpr,  # tiles asked of the L2 cache before the wait
     DEPENDENT: tl.constexpr,
 ):
@@ -332,6 +343,7 @@ def decode_kernel(
         heads = qkv + (token.to(tl.int64) * NUM_HEADS + kv_head * GROUP + group[:, None]) * HEAD
         q = tl.load(heads + dims[None, :], mask=some & inside[None, :], other=0.0)
 
+    q = for_products(q, FP16)
     for tile in tl.range(low, high, num_stages=STAGES):
         at = tile * BLOCK_C
         position = at + keys
@@ -343,13 +355,13 @@ def decode_kernel(
         places = key_offsets(table, page, keys, at, end, kv_head, NUM_KV_HEADS, PAGE, HEAD, BLOCK_C)
         k = tl.load(k_pages + places[:, None] + dims[None, :], mask=seen[:, None] & inside[None, :], other=0.0)
         v = tl.load(v_pages + places[:, None] + dims[None, :], mask=seen[:, None] & inside[None, :], other=0.0)
-        s = scores_of(q, tl.trans(k.to(ACT)), factor, cap, CAP)
+        s = scores_of(q, tl.trans(k.to(q.dtype)), factor, cap, CAP)
         s = tl.where(seen[None, :], s, float("-inf"))
         higher = tl.maximum(top, tl.max(s, 1))
         p = tl.exp2(s - higher[:, None])
         kept = tl.exp2(top - higher)
         weight = weight * kept + tl.sum(p, 1)
-        total = tl.dot(p.to(ACT), v.to(ACT), total * kept[:, None], input_precision="ieee")
+        total = tl.dot(p.to(q.dtype), v.to(q.dtype), total * kept[:, None], input_precision="ieee")
         top = higher
 
     out_at = out + (token.to(tl.int64) * NUM_HEADS + kv_head * GROUP) * HEAD
@@ -381,6 +393,11 @@ def score_factors(scale: float, logit_cap: float | None, k_scale: float) -> tupl
     return 2.0 * scale * k_scale / logit_cap, logit_cap * LOG2_E
 
 
+def fp16_products(q: Tensor, cache: Tensor) -> bool:
+    """Whether the products with keys and values are done in fp16: it holds e4m3 exactly, and weights in [0, 1]."""
+    return cache.dtype == torch.float8_e4m3fn and q.dtype != torch.float32
+
+
 def plan_for(rows: int, kv_heads: int, row_bytes: int, work: Workspace) -> Plan:
     """row_bytes: of one key, padded to a power of two.
 
@@ -389,7 +406,7 @@ def plan_for(rows: int, kv_heads: int, row_bytes: int, work: Workspace) -> Plan:
     """
     block = 64 if row_bytes <= 256 else 32
     if not work.fixed_split and rows * kv_heads <= work.num_sms * PROGRAMS_OF_SM:
-        return Plan(block=block, waves=1, merged=16, split_keys=64 if rows == 1 else 256)
+        return Plan(block=block, waves=1, merged=16, requests=3)
     return Plan(block=block, waves=2, merged=4)
 
 
@@ -448,8 +465,8 @@ def launch(
         BLOCK_S=block_s, HALF=rotary_half(turn[0], count, head_size), PAGE=page, WINDOW=window or 0,
         FIXED=workspace.fixed_split > 0, NEW=rows is None,
         Q_NORM=q_norm is not None, K_NORM=k_norm is not None, CAP=logit_cap is not None, SINKS=sinks is not None,
-        STAGES=plan.stages, REQUESTS=plan.requests if linear else 0, DEPENDENT=dependent,
-        num_warps=plan.warps, **options,
+        STAGES=plan.stages, FP16=fp16_products(qkv, cache), REQUESTS=plan.requests if linear else 0,
+        DEPENDENT=dependent, num_warps=plan.warps, **options,
     )  # fmt: skip
 
 

@@ -21,6 +21,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from cuda_kernels.attention_decode import (
     Workspace,
     add_sinks,
+    for_products,
+    fp16_products,
     key_offsets,
     launch,
     make_workspace,
@@ -163,9 +165,10 @@ def ragged_kernel(
     CAP: tl.constexpr,
     SINKS: tl.constexpr,
     STAGES: tl.constexpr,
+    FP16: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    ACT: tl.constexpr = q.dtype.element_ty
+    ACT: tl.constexpr = tl.float16 if FP16 else q.dtype.element_ty
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     tile, kv_head = tl.program_id(0) // NUM_KV_HEADS, tl.program_id(0) % NUM_KV_HEADS
     row, first = tl.load(tiles + 2 * tile), tl.load(tiles + 2 * tile + 1)
@@ -181,7 +184,7 @@ def ragged_kernel(
     wanted = wanted & (dims < HEAD)[None, :]
     head = kv_head * GROUP + lane % GROUP
     places = ((start + query).to(tl.int64) * NUM_HEADS + head)[:, None] * HEAD + dims[None, :]
-    queries = tl.load(q + places, mask=wanted, other=0.0)
+    queries = for_products(tl.load(q + places, mask=wanted, other=0.0), FP16)
     positions = computed + tl.minimum(query, new - 1)  # lanes beyond the row repeat its last query's mask
 
     end = computed + tl.minimum(first + Q_TILE, new)
@@ -260,6 +263,7 @@ def ragged_attention(
             NUM_HEADS=num_heads, NUM_KV_HEADS=kv_heads, HEAD=head_size, BLOCK_H=triton.next_power_of_2(head_size),
             BLOCK_M=max(16, triton.next_power_of_2(work.q_tile * group)), BLOCK_C=block, Q_TILE=work.q_tile, PAGE=page,
             WINDOW=window or 0, CAP=logit_cap is not None, SINKS=sinks is not None, STAGES=stages, TMA=tma,
+            FP16=fp16_products(q, cache),
             num_warps=warps,
         )  # fmt: skip
     if len(work.singles):

@@ -28,7 +28,7 @@ def decode(arch: int, head: int, new: bool, page: int = 64, window: int = 0, cap
         "BLOCK_C": 64 if head <= 128 else 32, "BLOCK_Z": 16 if head <= 128 else 8, "GROUP_2": 4, "BLOCK_S": 128,
         "HALF": head // 2 if new else 0, "PAGE": page, "WINDOW": window, "FIXED": False, "NEW": new,
         "Q_NORM": new, "K_NORM": new, "CAP": capped, "SINKS": sinks, "STAGES": 3,
-        "REQUESTS": int(page == 64 and head == 128), "DEPENDENT": arch >= 90,
+        "FP16": False, "REQUESTS": int(page == 64 and head == 128), "DEPENDENT": arch >= 90,
     }  # fmt: skip
     return "cuda_kernels.attention_decode", "decode_kernel", types, constants, arch, {"num_warps": 4}
 
@@ -41,7 +41,7 @@ def ragged(arch: int, head: int, page: int = 64, window: int = 0, tma: bool = Fa
     constants = {
         "sinks": None, "NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD": head, "BLOCK_H": 1 << (head - 1).bit_length(),
         "BLOCK_M": 64, "BLOCK_C": 64, "Q_TILE": 16, "PAGE": page, "WINDOW": window,
-        "CAP": False, "SINKS": False, "STAGES": 3 if head <= 128 else 2, "TMA": tma,
+        "CAP": False, "SINKS": False, "STAGES": 3 if head <= 128 else 2, "TMA": tma, "FP16": False,
     }  # fmt: skip
     return "cuda_kernels.attention_ragged", "ragged_kernel", types, constants, arch, {"num_warps": 4}
 
