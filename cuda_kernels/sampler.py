@@ -267,7 +267,9 @@ def choose_kernel(
             left = ((least > lowest) & (exact == 0)).to(tl.int32)
             if (mass < 1) & (count == 0) & (floor <= 0):
                 _value, _order, weight = weighed(values, top, tl.minimum(found, ROOM), least, ROOM)
-                left = tl.where(tl.sum(weight, 0) >= share, 0, left)
+                here_now = tl.sum(weight, 0)
+                left = tl.where(here_now >= share, 0, left)
+                wanted = tl.where(here_now * 8 < share, MOST_PEAKS, wanted)  # far off: more would not do either
             left = tl.where(found > ROOM, 1, left)
             done = ((left == 0) | (found > ROOM) | (wanted >= MOST_PEAKS)).to(tl.int32)
             wanted = tl.minimum(wanted * 4, MOST_PEAKS)
