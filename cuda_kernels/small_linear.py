@@ -9,11 +9,9 @@ Letters: T rows · I in · O out · F gated width · V vocabulary.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -27,7 +25,6 @@ MOST_ROWS = 128  # of a tile kernel's program; more rows take more programs
 MOST_INNER = 32768  # of the vector kernel, which holds a row in registers
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 COUNTERS = 1 << 14  # tiles of a split product
-CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
 
 
 def linear(
@@ -153,8 +150,7 @@ def rms_norm(x: Tensor, norm_weight: Tensor, eps: float, offset: float) -> Tenso
     block = triton.next_power_of_2(x.shape[1])
     options = launch_options(x, 8 if block >= 4096 else 4)
     if x.shape[0]:
-        compiled = norm_kernel[(x.shape[0],)](x, norm_weight, out, eps, offset, x.shape[1], block, **options)
-        keep_shared(x.device, compiled)
+        norm_kernel[(x.shape[0],)](x, norm_weight, out, eps, offset, x.shape[1], block, **options)
     return out
 
 
@@ -164,8 +160,7 @@ def gate(pair: Tensor, activation: str) -> Tensor:
     out = torch.empty(rows, width, dtype=pair.dtype, device=pair.device)
     if rows:
         grid = (rows, triton.cdiv(width, 1024))
-        compiled = gate_kernel[grid](pair, out, width, 1024, ACTIVATIONS[activation], **launch_options(pair, 4))
-        keep_shared(pair.device, compiled)
+        gate_kernel[grid](pair, out, width, 1024, ACTIVATIONS[activation], **launch_options(pair, 4))
     return out
 
 
@@ -230,12 +225,12 @@ def launch_vector(launch: Launch) -> None:
     inner = x.shape[1]
     tiles = triton.cdiv(launch.numbers[0], plan.block_out)
     programs = min(tiles, plan.programs * multiprocessors(x.device))
-    compiled = vector_kernel[(programs,)](
+    vector_kernel[(programs,)](
         *launch.inputs, launch.out, *launch.numbers,
         INNER=inner, BLOCK_IN=triton.next_power_of_2(inner), BLOCK_OUT=plan.block_out,
-        TRIPS=triton.cdiv(tiles, programs), STAGES=plan.stages, REQUEST=plan.request, **launch.options,
+        TRIPS=triton.cdiv(tiles, programs), STAGES=plan.stages, REQUEST=plan.request, TOGETHER=plan.together,
+        **launch.options,
     )  # fmt: skip
-    keep_shared(x.device, compiled)
 
 
 def launch_tiles(launch: Launch) -> None:
@@ -250,37 +245,16 @@ def launch_tiles(launch: Launch) -> None:
         size = grid[0] * grid[1] * grid[2] * block_rows * (parts * plan.block_out + 1)
         partials = torch.empty(size, dtype=torch.float32, device=x.device)
         counters = resting_counters(x.device)
-    compiled = tile_kernel[grid](
+    tile_kernel[grid](
         *launch.inputs, launch.out, partials, counters, rows, *launch.numbers,
         INNER=inner, BLOCK_IN=plan.block_in, BLOCK_OUT=plan.block_out, BLOCK_ROWS=block_rows, SPLITS=splits,
         STAGES=plan.stages, REQUEST=plan.request, **launch.options,
     )  # fmt: skip
-    keep_shared(x.device, compiled)
 
 
 def launch_options(x: Tensor, warps: int) -> dict[str, int | bool]:
     dependent = can_overlap(x.device)
     return {"DEPENDENT": dependent, "num_warps": warps, **({"launch_pdl": True} if dependent else {})}
-
-
-def keep_shared(device: torch.device, compiled: Any) -> None:
-    """Ask for the largest shared memory for a kernel: one that wants another split of it and the first cache than the
-    kernel before waits until that has left a multiprocessor.
-    """
-    if can_overlap(device):
-        prefer_shared(compiled.function)
-
-
-@functools.lru_cache(4096)
-def prefer_shared(function: int) -> None:
-    status = driver().cuFuncSetAttribute(ctypes.c_void_p(function), CARVEOUT, 100)  # percent
-    if status:
-        raise RuntimeError(f"cuFuncSetAttribute: error {status} of the CUDA driver")
-
-
-@functools.cache
-def driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
 
 
 @functools.cache

@@ -28,6 +28,7 @@ class Plan:
     warps: int = 4
     stages: int = 4
     programs: int = 2  # vector: programs of a multiprocessor
+    together: bool = False  # vector: a program's rows of the weight follow each other
     request: int = 0  # blocks of weights asked for before the kernel before has ended
     norm_apart: bool = False  # tile: the norm is a kernel of its own
 

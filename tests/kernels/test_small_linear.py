@@ -16,10 +16,11 @@ from cuda_kernels import small_linear  # noqa: E402
 from cuda_kernels.small_linear_plan import LIBRARY, Plan, _entries, plan_of  # noqa: E402
 
 VECTOR = Plan(kernel="vector", block_out=4, stages=2, programs=1)
+TOGETHER = Plan(kernel="vector", block_out=2, stages=3, programs=1, together=True)
 TILE = Plan(kernel="tile", block_out=16, block_in=32)
 SPLIT = Plan(kernel="tile", block_out=32, block_in=16, splits=3)
 APART = Plan(kernel="tile", block_out=16, block_in=16, norm_apart=True)
-ONE_ROW = [(plan, 1) for plan in (VECTOR, TILE, SPLIT, LIBRARY)]
+ONE_ROW = [(plan, 1) for plan in (VECTOR, TOGETHER, TILE, SPLIT, LIBRARY)]
 MORE_ROWS = [(plan, rows) for plan in (TILE, SPLIT, APART, LIBRARY) for rows in (2, 7, 33)] + [(TILE, 64), (SPLIT, 130)]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 EPS = 1e-5
@@ -153,7 +154,7 @@ def test_the_table_s_choice_is_right(rows: int) -> None:
 TYPES = {"norm_weight": "*fp32", "partials": "*fp32", "counters": "*i32", "eps": "fp32", "offset": "fp32"}
 TYPES |= dict.fromkeys(("x", "weight", "bias", "residual", "out"), "*bf16")
 FUSED = {"NORM": True, "BIAS": True, "RESIDUAL": True, "INNER": 1024, "REQUEST": 2}
-VECTOR_KERNEL = {**FUSED, "BLOCK_IN": 1024, "BLOCK_OUT": 4, "TRIPS": 3, "STAGES": 3, "KIND": 1}
+VECTOR_KERNEL = {**FUSED, "BLOCK_IN": 1024, "BLOCK_OUT": 4, "TRIPS": 3, "TOGETHER": True, "STAGES": 3, "KIND": 1}
 TILE_KERNEL = {**FUSED, "BLOCK_IN": 64, "BLOCK_OUT": 64, "BLOCK_ROWS": 16, "SPLITS": 2, "STAGES": 4, "KIND": 2}
 
 
