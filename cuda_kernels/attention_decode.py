@@ -20,9 +20,19 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda
 
+from cuda_kernels.attention_tiles import (
+    add_sinks,
+    for_products,
+    fp16_products,
+    key_offsets,
+    page_of,
+    request_tile,
+    score_factors,
+    scores_of,
+    softcap,
+)
 from cuda_kernels.rope_cache import load_turned, rotary_half, storable
 
-LOG2_E = 1.4426950408889634
 PROGRAMS_OF_SM = 3  # that run at once
 MAX_WAVES = 4
 BLOCKS_OF_ROWS = (16, 64, 256, 1024, 8192)  # few, since each is a kernel of its own
@@ -71,59 +81,6 @@ def make_workspace(
 
 
 @triton.jit
-def scores_of(q, k, factor, cap, CAP: tl.constexpr):
-    """Scores in base 2 -> f32 [M, C]. q: [M, H]; k: [H, C]; factor and cap: of `score_factors`."""
-    return softcap(tl.dot(q, k, input_precision="ieee") * factor, cap, CAP)
-
-
-@triton.jit
-def softcap(s, cap, CAP: tl.constexpr):
-    if CAP:  # s comes as 2 * score / cap, and tanh(x) = 2 * sigmoid(2 x) - 1
-        s = cap * (2 * tl.sigmoid(s) - 1)
-    return s
-
-
-@triton.jit
-def for_products(q, FP16: tl.constexpr):
-    """Queries in the dtype of the products with keys."""
-    if FP16:
-        q = tl.minimum(tl.maximum(q.to(tl.float32), -65504.0), 65504.0).to(tl.float16)
-    return q
-
-
-@triton.jit
-def page_of(table, at, end, PAGE: tl.constexpr, C: tl.constexpr):
-    """The page of a tile that lies in one, asked for a tile ahead: then key loads wait for no other load."""
-    page = 0
-    if PAGE % C == 0:
-        page = tl.load(table + at // PAGE, mask=at < end, other=0)
-    return page
-
-
-@triton.jit
-def key_offsets(
-    table, page, keys, at, end, kv_head, K: tl.constexpr, PAGE: tl.constexpr, HEAD: tl.constexpr, C: tl.constexpr
-):
-    """Offsets of keys `at + arange(C)` in a layer's pages -> i64 [C]. page: of `page_of`."""
-    if PAGE % C == 0:
-        return ((page.to(tl.int64) * K + kv_head) * PAGE + at % PAGE) * HEAD + keys * HEAD
-    position = at + keys
-    page = tl.load(table + position // PAGE, mask=position < end, other=0).to(tl.int64)
-    return ((page * K + kv_head) * PAGE + position % PAGE) * HEAD
-
-
-@triton.jit
-def request_tile(pages, page, at, kv_head, K: tl.constexpr, PAGE: tl.constexpr, HEAD: tl.constexpr, C: tl.constexpr):
-    """Ask the L2 cache for a tile of keys or values that lies in one page."""
-    LINE: tl.constexpr = 1024 // pages.dtype.element_ty.primitive_bitwidth  # values of 128 bytes
-    start = pages + ((page.to(tl.int64) * K + kv_head) * PAGE + at % PAGE) * HEAD
-    lines = (start + tl.arange(0, C * HEAD // LINE) * LINE).to(tl.int64)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
 def find_work(
     lengths, slots, rows, item, num_rows, budget, fewest_tiles,
     NEW: tl.constexpr, WINDOW: tl.constexpr, BLOCK_C: tl.constexpr, FIXED: tl.constexpr,
@@ -160,18 +117,6 @@ def find_work(
         share = tl.cdiv(tl.sum(tl.where(mine, tiles, 0), 0), tl.maximum(1, splits))
     split = item - tl.sum(tl.where(mine, ends - active, 0), 0)
     return row, length, slot, split, splits, share
-
-
-@triton.jit
-def add_sinks(sinks, heads, top, weight, total, SINKS: tl.constexpr):
-    """The sinks of `heads` as one more key without a value."""
-    if SINKS:
-        sink = tl.load(sinks + heads).to(tl.float32) * 1.4426950408889634
-        higher = tl.maximum(top, sink)
-        kept = tl.exp2(top - higher)
-        weight = weight * kept + tl.exp2(sink - higher)
-        total = total * kept[:, None]
-    return weight, total
 
 
 @triton.jit
@@ -384,18 +329,6 @@ def decode_kernel(
                 out_at, mine - split.to(tl.int64) * STRIDE, sinks, kv_head, active, v_scale,
                 GROUP, HEAD, STRIDE, SINKS, BLOCK_Z, GROUP_2, BLOCK_H,
             )  # fmt: skip
-
-
-def score_factors(scale: float, logit_cap: float | None, k_scale: float) -> tuple[float, float]:
-    """(factor, cap) of `softcap`: scores in base 2, capped or not."""
-    if logit_cap is None:
-        return scale * k_scale * LOG2_E, 0.0
-    return 2.0 * scale * k_scale / logit_cap, logit_cap * LOG2_E
-
-
-def fp16_products(q: Tensor, cache: Tensor) -> bool:
-    """Whether the products with keys and values are done in fp16: it holds e4m3 exactly, and weights in [0, 1]."""
-    return cache.dtype == torch.float8_e4m3fn and q.dtype != torch.float32
 
 
 def plan_for(rows: int, kv_heads: int, row_bytes: int, work: Workspace) -> Plan:

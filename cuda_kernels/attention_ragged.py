@@ -18,14 +18,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cuda_kernels.attention_decode import (
-    Workspace,
+from cuda_kernels.attention_decode import Workspace, launch, make_workspace
+from cuda_kernels.attention_tiles import (
     add_sinks,
     for_products,
     fp16_products,
     key_offsets,
-    launch,
-    make_workspace,
     page_of,
     score_factors,
     scores_of,
