@@ -16,8 +16,6 @@ from cuda_kernels import sampler, sampling
 from cuda_kernels import score as scoring
 from engine.opened import Use
 
-TOPS = (0, 5, 20, scoring.MOST_TOP)  # few counts of likeliest ids: each is a kernel of its own
-
 
 def pick(logits: Tensor, slots: Tensor, mask: Tensor | None, tables: Tables, uses: Use) -> Tensor:
     """Token ids i64 [L]. logits: f32 [L, V]; slots: i64 [L]; mask: bool [L, V]."""
@@ -33,17 +31,14 @@ def draw(x: Tensor, slots: Tensor, tables: Tables) -> Tensor:
 
 def score(logits: Tensor, targets: Tensor, num_top: int) -> Scores:
     """Raw log-probabilities. logits: f32 [L, V]; targets: i64 [L]."""
-    wide = next((size for size in TOPS if size >= num_top), scoring.MOST_TOP + 1)
-    if wide > min(scoring.MOST_TOP, logits.shape[1]):
-        return plain.score(logits, targets, num_top)
-    chosen, rank, ids, top = scoring.score(logits, targets, wide)
-    return chosen, rank, ids[:, :num_top], top[:, :num_top]
+    fits = num_top <= min(scoring.MOST_TOP, logits.shape[1])
+    return (scoring if fits else plain).score(logits, targets, num_top)
 
 
 def warm_up(logits: Tensor, tables: Tables, slot: int) -> None:
     """Compile every kernel for one row and for several. logits: f32 [2 or more, V]; slot: the padding's."""
     for rows in range(1, min(2, len(logits)) + 1):
         slots = torch.full((rows,), slot, device=tables.device)
-        for num_top in TOPS:
+        for num_top in (0, 1, 2):
             score(logits[:rows], draw(logits[:rows], slots, tables), num_top)
         sampling.argmax(logits[:rows])
