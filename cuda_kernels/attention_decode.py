@@ -34,7 +34,7 @@ from cuda_kernels.attention_tiles import (
 from cuda_kernels.rope_cache import load_turned, rotary_half, storable
 
 PROGRAMS_OF_SM = 3  # that run at once
-MAX_WAVES = 4
+MAX_WAVES = 2  # of any plan
 BLOCKS_OF_ROWS = (16, 64, 256, 1024, 8192)  # few, since each is a kernel of its own
 
 
