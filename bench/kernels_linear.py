@@ -1,10 +1,10 @@
 """Products of few rows on a GPU: each shape and plan by itself, and the chain of a whole model's products.
 
-    python -m bench.kernels linear [--sweep] [--shapes 8b 0.6b] [--rows 1 8 64]
+    python -m bench.kernels linear [--sweep] [--models 8b 0.6b 4b] [--rows 1 8 64]
 
 A figure is the time of one launch within a captured graph whose launches read different weights, several times the L2
-cache together; it stands beside the copy bandwidth of the same run. `--sweep` tries many plans a shape and prints the
-best ones as entries of cuda_kernels/data/small_linear.json.
+cache together; it stands beside the copy bandwidth of the same run. `--sweep` tries random plans of each shape within
+the chain, keeps the best, and prints them for cuda_kernels/data/small_linear.json.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# in place of this folder: bench/kernels.py is no library
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from engine.core.loop import encode_columns, scheduler_stats
 from engine.kv.prefix_cache import chain_keys, root_key

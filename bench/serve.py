@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# in place of this folder: bench/kernels.py is no library
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from engine.entrypoints.cli import main
 
