@@ -8,19 +8,29 @@ Prints the copy bandwidth and the rate of a large bf16 product, then calls the p
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 from bench.ceilings import copy_bandwidth, linear_rate
 
 
-def main() -> int:
-    from bench import kernels_linear, kernels_sampling
+def parts() -> dict[str, Callable[[list[str], float], object]]:
+    from bench import kernels_attention, kernels_linear, kernels_sampling
 
-    parts = {"linear": kernels_linear.main, "sampling": kernels_sampling.main}
-    wanted = [sys.argv[1]] if len(sys.argv) > 1 and sys.argv[1] in parts else list(parts)
-    options = sys.argv[2:] if len(sys.argv) > 1 and sys.argv[1] in parts else sys.argv[1:]
+    return {
+        "linear": kernels_linear.main,
+        "sampling": kernels_sampling.main,
+        "attention": lambda options, bandwidth: kernels_attention.main(options),  # measures the bandwidth by itself
+    }
+
+
+def main() -> int:
+    every, given = parts(), sys.argv[1:]
+    wanted, options = ([given[0]], given[1:]) if given and given[0] in every else (list(every), given)
     bandwidth, rate = copy_bandwidth(), linear_rate(8192, [(8192, 8192)], layers=4)
     print(f"copy {bandwidth / 1e12:.2f} TB/s, bf16 8192^3 product {rate / 1e12:.0f} TFLOP/s", flush=True)
-    return max(parts[part](options, bandwidth) for part in wanted)
+    for part in wanted:
+        every[part](options, bandwidth)
+    return 0
 
 
 if __name__ == "__main__":
