@@ -14,7 +14,8 @@ from collections import defaultdict
 from pathlib import Path
 
 # in place of this folder: bench/kernels.py is no library
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+sys.path.pop(0)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.gpu import LLAMA_8B
 from bench.table_h200 import QWEN3_06B, Bench

@@ -21,7 +21,8 @@ import urllib.request
 from pathlib import Path
 
 # in place of this folder: bench/kernels.py is no library
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+sys.path.pop(0)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 DEFAULT_MODEL = Path(__file__).parent.parent / "engine" / "data" / "default_model"
 

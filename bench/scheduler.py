@@ -28,7 +28,8 @@ import msgspec
 import numpy as np
 
 # in place of this folder: bench/kernels.py is no library
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+sys.path.pop(0)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.core.loop import encode_columns, scheduler_stats
 from engine.kv.prefix_cache import chain_keys, root_key

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 # in place of this folder: bench/kernels.py is no library
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+sys.path.pop(0)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from engine.entrypoints.cli import main
 
