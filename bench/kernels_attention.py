@@ -1,7 +1,7 @@
 """Bench lines of the attention kernels on a GPU: microseconds a launch beside what the bytes or flops allow.
 
 Every launch of a measurement reads other pages, several times the L2 cache in all, inside one CUDA graph; the roofline
-is the copy bandwidth of the same run. `python bench/kernels_attention.py [check] [decode] [prefill]`.
+is the copy bandwidth of the same run. `python bench/kernels_attention.py [decode] [prefill]`.
 """
 
 from __future__ import annotations
