@@ -27,7 +27,8 @@ from engine.step import I32, Sampler, StepPlan
 from torch_models.fused import FusedDecoder
 
 WARM_TOKENS = (2, 5, 9, 17, 33, 65, 129, 257, 513, 2049)  # one of each class of sizes that kernels tell apart
-WARM_SINGLES = (1, 17, 65, 257, 1025)
+# both ends of each class of rows that attention tells apart: a launch is cut up otherwise from some number of rows on
+WARM_SINGLES = (1, 16, 17, 64, 65, 256, 257, 1024, 1025)
 
 
 class GpuSteps(EagerSteps):
