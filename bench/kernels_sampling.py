@@ -76,10 +76,8 @@ def bench_argmax(rate: float, rows: Iterable[int], tiles: Iterable[int] = (sampl
 def bench_fused(rate: float, rows: Iterable[int]) -> None:
     weight = torch.randn(4096, device="cuda")
     for count in rows:
-        pairs = [torch.randn(2, count, 4096, device="cuda").bfloat16() for _ in range(num_inputs(count * 4096 * 4))]
-        took = microseconds(lambda i, p=pairs: fused.add_norm(p[i][0], p[i][1], weight, 1e-5), len(pairs))
-        report(f"add_norm {count} x 4096", took, count * 4096 * 8, rate)
-        took = microseconds(lambda i, p=pairs: fused.rms_norm(p[i][0], weight, 1e-5), len(pairs))
+        rows_of = [torch.randn(count, 4096, device="cuda").bfloat16() for _ in range(num_inputs(count * 4096 * 4))]
+        took = microseconds(lambda i, r=rows_of: fused.rms_norm(r[i], weight, 1e-5, 0.0), len(rows_of))
         report(f"rms_norm {count} x 4096", took, count * 4096 * 4, rate)
         wide = [torch.randn(count, 28672, device="cuda").bfloat16() for _ in range(num_inputs(count * 28672 * 2))]
         took = microseconds(lambda i, w=wide: fused.gated(w[i], "silu"), len(wide))

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from cuda_kernels.attention_decode import decode_attention
 from cuda_kernels.attention_ragged import ragged_attention
+from cuda_kernels.fused import can_overlap
 from cuda_kernels.rope_cache import rope_and_write
-from cuda_kernels.small_linear import can_overlap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

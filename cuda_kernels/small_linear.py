@@ -10,7 +10,6 @@ Letters: T rows · I in · O out · F gated width · V vocabulary.
 from __future__ import annotations
 
 import functools
-import os
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,8 @@ import triton
 from torch import Tensor
 from torch.nn import functional
 
-from cuda_kernels.small_linear_kernels import ACTIVATIONS, gate_kernel, norm_kernel, tile_kernel, vector_kernel
+from cuda_kernels.fused import gated, launch_options, rms_norm
+from cuda_kernels.small_linear_kernels import ACTIVATIONS, tile_kernel, vector_kernel
 from cuda_kernels.small_linear_plan import INVARIANT, LIBRARY, Plan, plan_of
 
 MOST_ROWS = 128  # of a tile kernel's program; more rows take more programs
@@ -92,7 +92,7 @@ def norm_gated(
         raise ValueError(f"activation {activation!r}: not one of {[name for name in ACTIVATIONS if name]}")
     plan = plan or choose(x, gate_up, gated=True, invariant=invariant)
     if plan.kernel == "library":
-        return gate(functional.linear(rms_norm(x, norm_weight, eps, offset), gate_up, bias), activation)
+        return gated(functional.linear(rms_norm(x, norm_weight, eps, offset), gate_up, bias), activation)
     return product(x, gate_up, bias, plan, norm=(norm_weight, eps, offset), activation=activation)
 
 
@@ -142,26 +142,6 @@ def choose(x: Tensor, weight: Tensor, *, gated: bool, invariant: bool) -> Plan:
         return INVARIANT
     shape = (weight.shape[0], inner)
     return plan_of(rows, *shape, gated) if prefers(rows, shape, x.dtype, gated) else LIBRARY
-
-
-def rms_norm(x: Tensor, norm_weight: Tensor, eps: float, offset: float) -> Tensor:
-    """x * rsqrt(mean(x^2) + eps) * (norm_weight + offset). x: [T, I]; norm_weight: [I]."""
-    x, out = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-    block = triton.next_power_of_2(x.shape[1])
-    options = launch_options(x, 8 if block >= 4096 else 4)
-    if x.shape[0]:
-        norm_kernel[(x.shape[0],)](x, norm_weight, out, eps, offset, x.shape[1], block, **options)
-    return out
-
-
-def gate(pair: Tensor, activation: str) -> Tensor:
-    """act(gate) * up. pair: [T, 2F], gate then up -> [T, F]."""
-    rows, width = pair.shape[0], pair.shape[1] // 2
-    out = torch.empty(rows, width, dtype=pair.dtype, device=pair.device)
-    if rows:
-        grid = (rows, triton.cdiv(width, 1024))
-        gate_kernel[grid](pair, out, width, 1024, ACTIVATIONS[activation], **launch_options(pair, 4))
-    return out
 
 
 def product(
@@ -252,17 +232,6 @@ def launch_tiles(launch: Launch) -> None:
     )  # fmt: skip
 
 
-def launch_options(x: Tensor, warps: int) -> dict[str, int | bool]:
-    dependent = can_overlap(x.device)
-    return {"DEPENDENT": dependent, "num_warps": warps, **({"launch_pdl": True} if dependent else {})}
-
-
-@functools.cache
-def can_overlap(device: torch.device) -> bool:
-    """Whether a kernel may start while the one before still runs."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0) and not interpreted()
-
-
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
@@ -274,7 +243,3 @@ def resting_counters(device: torch.device) -> Tensor:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("run a split product once before capturing it: its counters must not be of the graph")
     return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-
-
-def interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -252,28 +252,3 @@ def tile_kernel(
     if RESIDUAL:
         sums += tl.load(residual + targets, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + targets, sums.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def norm_kernel(x, norm_weight, out, eps, offset, INNER: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
-    """A row a program. x, out: [T, I]; norm_weight: f32 [I]."""
-    arrive(DEPENDENT)
-    start = tl.program_id(0).to(tl.int64) * INNER
-    inner = tl.arange(0, BLOCK)
-    inside = inner < INNER
-    row = tl.load(x + start + inner, mask=inside, other=0.0).to(tl.float32)
-    gain = tl.load(norm_weight + inner, mask=inside, other=0.0).to(tl.float32) + offset
-    scale = tl.rsqrt(tl.sum(row * row, 0) / INNER + eps)
-    tl.store(out + start + inner, (row * scale * gain).to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def gate_kernel(pair, out, num_out, BLOCK: tl.constexpr, KIND: tl.constexpr, DEPENDENT: tl.constexpr):
-    """act(gate) * up. pair: [T, 2F]; out: [T, F]; num_out: F."""
-    arrive(DEPENDENT)
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < num_out
-    gate = tl.load(pair + 2 * row * num_out + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(pair + (2 * row + 1) * num_out + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * num_out + at, (activate(gate, KIND) * up).to(out.dtype.element_ty), mask=inside)

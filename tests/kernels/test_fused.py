@@ -26,18 +26,10 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torc
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), [(1, 64), (5, 100), (3, 1024)])
-def test_norm_with_and_without_a_sum(rows: int, width: int, dtype: torch.dtype) -> None:
-    x, mixed, weight = draw(rows, width, dtype=dtype), draw(rows, width, dtype=dtype, seed=1), draw(width, seed=2)
+def test_norm(rows: int, width: int, dtype: torch.dtype) -> None:
+    x, weight = draw(rows, width, dtype=dtype), draw(width, seed=2)
     near = {"rtol": ONE_ULP[dtype], "atol": ONE_ULP[dtype]}
     torch.testing.assert_close(fused.rms_norm(x, weight, 1e-5, 1.0), rms_norm(x, weight, 1e-5, 1.0), **near)
-    total, out = fused.add_norm(x, mixed, weight, 1e-5, 0.0)
-    torch.testing.assert_close(total, x + mixed, **near)
-    torch.testing.assert_close(out, rms_norm(total, weight, 1e-5, 0.0), **near)
-
-
-def test_the_sum_is_rounded_as_torch_does_before_the_norm() -> None:
-    x, mixed = draw(4, 256, dtype=torch.float16), draw(4, 256, dtype=torch.float16, seed=1)
-    assert torch.equal(fused.add_norm(x, mixed, draw(256), 1e-6)[0], x + mixed)
 
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
@@ -52,25 +44,26 @@ def test_gated(activation: str, dtype: torch.dtype) -> None:
 def test_inputs_with_strides_and_without_rows() -> None:
     wide = draw(4, 128)
     weight = draw(64)
-    torch.testing.assert_close(fused.rms_norm(wide[:, ::2], weight, 1e-6), rms_norm(wide[:, ::2], weight, 1e-6, 0.0))
-    assert fused.rms_norm(wide[:0], draw(128), 1e-6).shape == (0, 128)
+    torch.testing.assert_close(
+        fused.rms_norm(wide[:, ::2], weight, 1e-6, 0.0), rms_norm(wide[:, ::2], weight, 1e-6, 0.0)
+    )
+    assert fused.rms_norm(wide[:0], draw(128), 1e-6, 0.0).shape == (0, 128)
     assert fused.gated(wide[:0], "silu").shape == (0, 64)
 
 
 def test_what_does_not_belong_together_is_refused() -> None:
     with pytest.raises(ValueError, match="norm_weight"):
-        fused.rms_norm(draw(2, 8), draw(4), 1e-6)
-    with pytest.raises(ValueError, match="cannot be added"):
-        fused.add_norm(draw(2, 8), draw(2, 8, dtype=torch.float16), draw(8), 1e-6)
+        fused.rms_norm(draw(2, 8), draw(4), 1e-6, 0.0)
     with pytest.raises(ValueError, match="activation 'relu'"):
         fused.gated(draw(2, 8), "relu")
 
 
 def test_they_compile_to_wide_loads_for_both_architectures() -> None:
-    of_norm = {"x": "*bf16", "mixed": "*bf16", "weight": "*fp32", "total": "*bf16", "out": "*bf16"}
-    of_norm |= {"eps": "fp32", "offset": "fp32"}
-    norm = ("cuda_kernels.fused", "norm_kernel", of_norm, {"WIDTH": 4096, "BLOCK": 4096, "ADD": True})
-    sizes = {"WIDTH": 14336, "PIECES": 7, "BLOCK": fused.PIECE, "KIND": 1}
-    gated = ("cuda_kernels.fused", "gated_kernel", {"gate_up": "*bf16", "out": "*bf16"}, sizes)
-    for made in compile_kernels([(*kernel, arch, {"num_warps": 8}) for kernel in (norm, gated) for arch in (80, 90)]):
+    of_norm = {"x": "*bf16", "norm_weight": "*fp32", "out": "*bf16", "eps": "fp32", "offset": "fp32"}
+    norm = ("cuda_kernels.fused", "norm_kernel", of_norm, {"INNER": 4096, "BLOCK": 4096, "DEPENDENT": False})
+    sizes = {"num_out": 14336, "BLOCK": fused.PIECE, "KIND": 1, "DEPENDENT": False}
+    gated = ("cuda_kernels.fused", "gated_kernel", {"pair": "*bf16", "out": "*bf16"}, sizes)
+    for made in compile_kernels(
+        [(*kernel, arch, {"num_warps": w}) for kernel, w in ((norm, 8), (gated, 4)) for arch in (80, 90)]
+    ):
         assert "ld.global.v4.b32" in made["ptx"] or "ld.global.L1::no_allocate.v4.b32" in made["ptx"]
