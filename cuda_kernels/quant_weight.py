@@ -79,7 +79,7 @@ class QuantWeight:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Parts:
-    """Rows of one product that are kept differently (q in 4 bits, k as it was; other input orders): one after another."""
+    """Rows of one product that are kept differently (q in 4 bits, k as it was; other input orders), top to bottom."""
 
     parts: tuple[QuantWeight | Tensor, ...]  # each [O_i, I]
 
