@@ -1,10 +1,11 @@
 """Products on a CPU, each in the form that it is fast at. Called by dispatch.py alone.
 
-Measured, a 32 M Llama's products of one step, 2 cores (AVX-512, AMX): bfloat16 of 1 to 16 rows takes 2.7 to 3.1 ms
+Measured, all products of one step, 2 cores (AVX-512, AMX). A 32 M Llama in bfloat16: 1 to 16 rows take 2.7 to 3.1 ms
 plain and 1.9 ms against weights packed once by oneDNN, which prefill of 1000 tokens likes too (32.8 -> 30.0 ms); where
 a weight cannot be packed (a tied head is an embedding table as well), (w @ x.T).T of 2 to 24 rows beats x @ w.T.
-float32 of 8 rows takes 8.1 ms in one product a weight and 6.4 ms as a batch of products of 128 outputs: the BLAS loses
-its way where outputs outnumber rows by far. Packed float32 takes 6.1 ms of 8 rows, but 3.1 for 2.6 of one row.
+In float32, plain and by our C++ kernel (csrc/cpu_linear.cc): 1 row 2.6 and 2.3 ms, 4 rows 4.6 and 2.7, 8 rows 6.1 and
+3.6, 16 rows 8.6 and 7.8, 24 rows 10.8 and 10.0, 32 rows 11.4 and 13.1. A model of 7 M parameters: 1 row 0.56 and 0.63,
+4 rows 0.76 and 0.71, 8 rows 1.02 and 0.92, 16 rows alike.
 Letters: T tokens · I in · O out.
 """
 
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-FLOAT32_ROWS = range(5, 14)
-FLOAT32_PIECE = 128  # outputs of one product of a batch
-FLOAT32_LARGE = 1 << 20  # fewest numbers of a weight that gain; smaller ones are up to 1.6 times faster in one product
+from cuda_kernels.cpu_library import library
+
+OWN_ROWS = range(4, 17)  # float32 rows that our kernel takes of any weight
+OWN_FEW = range(1, 4)  # and of a large one
+OWN_LARGE = 1 << 19  # numbers of a large weight
 BFLOAT16_ROWS = range(2, 25)
 PACKED_ROWS = 16  # the row count that a packed weight is laid out for; measured to be as good for 1 and for 1000
 
@@ -32,13 +35,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x @ weight.T + bias. x: [T, I]; weight: [O, I], plain or packed; bias: [O] -> [T, O], contiguous."""
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    rows, (outputs, inputs) = x.shape[0], weight.shape
-    large = outputs * inputs >= FLOAT32_LARGE and outputs % FLOAT32_PIECE == 0
-    if large and rows in FLOAT32_ROWS and x.dtype == torch.float32:
-        pieces = weight.view(-1, FLOAT32_PIECE, inputs).transpose(1, 2)  # [O / 128, I, 128]
-        out = torch.bmm(x.expand(len(pieces), rows, inputs), pieces).transpose(0, 1).reshape(rows, outputs)
+    rows = len(x)
+    if x.dtype == torch.float32 and (rows in OWN_ROWS or (rows in OWN_FEW and weight.numel() >= OWN_LARGE)):
+        out = own(x, weight)
     elif rows in BFLOAT16_ROWS and x.dtype == torch.bfloat16:
         out = torch.mm(weight, x.t()).t().contiguous()
     else:
         return functional.linear(x, weight, bias)
     return out if bias is None else out + bias
+
+
+def own(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T by our C++ kernel, by torch where it cannot run. x: f32 [T, I]; weight: f32 [O, I] -> f32 [T, O]."""
+    loaded = library()
+    if loaded is None or weight.dtype != torch.float32 or not (x.is_contiguous() and weight.is_contiguous()):
+        return functional.linear(x, weight)
+    (rows, inputs), outputs = x.shape, len(weight)
+    if weight.shape[1] != inputs:
+        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not belong together")
+    out = torch.empty(rows, outputs)
+    if not loaded.twinfer_linear(x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, outputs, inputs):
+        raise MemoryError(f"no memory to lay out {rows} rows of {inputs}")
+    return out

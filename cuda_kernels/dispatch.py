@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cuda_kernels import cpu_linear, cpu_norm
+from cuda_kernels import cpu_decode, cpu_linear, cpu_norm
 from cuda_kernels import paged_attention as plain
 
 
@@ -28,11 +28,13 @@ class Work:
     """
 
     page_tokens: int
-    page_table: Tensor  # i64 [S, max_pages]
+    page_table: Tensor  # i32 [S, max_pages]
     query_starts: Sequence[int]  # [S]
     num_new: Sequence[int]  # [S]
     num_computed: Sequence[int]  # [S] tokens in the cache before this step
     write_at: Tensor  # i64 [T] page * page_tokens + offset of each token
+    index: Tensor  # i64 [T] each token's index in its sequence
+    one_call: bool = False  # decode_attention takes this step; `decodes` is empty then
     decodes: tuple[plain.Gather | plain.Span, ...]  # rows with one new token, those that are gathered in groups
 
 
@@ -59,6 +61,47 @@ def has_fused_kernels(device: torch.device) -> bool:
     """Whether the triton kernels run here: on a GPU with triton installed, or in triton's interpreter."""
     wanted = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
     return wanted and find_spec("triton") is not None
+
+
+def decodes_in_one_call(device: torch.device, dtype: torch.dtype, cache_dtype: torch.dtype, head_size: int) -> bool:
+    """Whether `decode_attention` takes steps in which every row has one token."""
+    return device.type == "cpu" and cpu_decode.takes(dtype, cache_dtype, head_size)
+
+
+def decode_attention(
+    qkv: Tensor,
+    turn: tuple[Tensor | None, Tensor | None],
+    cache: Tensor,
+    layer_index: int,
+    work: Work,
+    *,
+    num_heads: int,
+    norm: Tensor | None,
+    norm_eps: float,
+    scale: float,
+    window: int | None,
+    logit_cap: float | None,
+) -> Tensor:
+    """All between the qkv product and the output product of a step with work.one_call. -> [T, N * H] of qkv's dtype.
+
+    qkv: [T, (N + 2K) * H]; turn: cos and sin, f32 [T, R / 2], None without rope; norm: of queries and keys,
+    f32 [N + K, H], its offset included; cache: as paged_attention has it, changed in place.
+    """
+    return cpu_decode.decode_attention(
+        qkv,
+        *turn,
+        cache[layer_index],
+        num_heads=num_heads,
+        norm=norm,
+        norm_eps=norm_eps,
+        page_table=work.page_table,
+        write_at=work.write_at,
+        index=work.index,
+        page_tokens=work.page_tokens,
+        scale=scale,
+        window=window,
+        logit_cap=logit_cap,
+    )
 
 
 def cache_shape(

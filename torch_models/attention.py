@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from cuda_kernels.dispatch import Work, paged_attention
+from cuda_kernels.dispatch import Work, decode_attention, paged_attention
 from engine.specs import arch
 from torch_models.layers import rms_norm, rotate
 from torch_models.linear import linear
@@ -29,7 +29,8 @@ class Attention(nn.Module):
         self.q_norm = params.get("q_norm")  # [H]
         self.k_norm = params.get("k_norm")  # [H]
         if spec.qk_norm:  # [N + K, H]
-            self.qk_norm = torch.stack([self.q_norm] * spec.num_heads + [self.k_norm] * spec.num_kv_heads)
+            each = torch.stack([self.q_norm] * spec.num_heads + [self.k_norm] * spec.num_kv_heads)
+            self.qk_norm = each.float() + norms.offset
         self.o = params["o"]  # [D, N * H]
         self.o_bias = params.get("o_bias")  # [D]
 
@@ -38,9 +39,25 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x: [T, D]; cos, sin: f32 [T, R / 2], None without rope -> ([T, D], cache holding this step too)."""
         spec = self.spec
+        if work.one_call:  # norm and turn are the kernel's
+            qkv = linear(x, self.qkv, self.qkv_bias)
+            out = decode_attention(
+                qkv,
+                (cos, sin),
+                cache,
+                layer_index,
+                work,
+                num_heads=spec.num_heads,
+                norm=self.qk_norm if spec.qk_norm else None,
+                norm_eps=self.norms.eps,
+                scale=spec.scale,
+                window=spec.window,
+                logit_cap=spec.logit_cap,
+            )
+            return linear(out, self.o, self.o_bias), cache
         qk, v = self.project(x)
         if spec.qk_norm:
-            qk = rms_norm(qk, self.qk_norm, self.norms.eps, self.norms.offset)
+            qk = rms_norm(qk, self.qk_norm, self.norms.eps, 0.0)
         if cos is not None:
             qk = rotate(qk, cos, sin)
         q, k = qk[:, : spec.num_heads], qk[:, spec.num_heads :]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from backends.torch.tables import Tables
-from cuda_kernels.dispatch import Work
-from cuda_kernels.paged_attention import decode_groups, gathers, spans
+from cuda_kernels.dispatch import Work, decodes_in_one_call
+from cuda_kernels.paged_attention import Gather, Span, decode_groups, gathers, spans
 from engine.specs.cache import CacheLayout
 from engine.step import StepPlan, query_starts
 
@@ -55,17 +55,24 @@ def pack(plan: StepPlan, tables: Tables) -> Batch:
     )
 
 
-def works_of(batch: Batch, tables: Tables, layout: CacheLayout, dtype: torch.dtype) -> list[Work]:
+def works_of(
+    batch: Batch, tables: Tables, layout: CacheLayout, dtype: torch.dtype, cache_dtype: torch.dtype
+) -> list[Work]:
     """The attention work of each group. dtype: of the activations."""
     device = batch.slots.device
     rows = (batch.starts, batch.num_new, batch.num_computed)
+    one_each = all(new == 1 for new in batch.num_new)
     works = []
     for group, pages in zip(layout.groups, tables.pages, strict=True):
         table = pages[batch.slots]  # [S, max_pages]
         pool = layout.pools[group.pool]
         token_bytes = pool.page_bytes // (pool.num_layers * pool.page_tokens)
-        in_place = spans(table, *rows, group.page_tokens, group.spec.window, token_bytes)
-        others = decode_groups(*rows, device, in_place)
+        one_call = one_each and decodes_in_one_call(device, dtype, cache_dtype, pool.head_size)
+        decodes: tuple[Gather | Span, ...] = ()
+        if not one_call:
+            in_place = spans(table, *rows, group.page_tokens, group.spec.window, token_bytes)
+            others = decode_groups(*rows, device, in_place)
+            decodes = (*in_place.values(), *gathers(others, table, group.page_tokens, group.spec.window, dtype))
         page = table[batch.token_rows, batch.index // group.page_tokens]
         works.append(
             Work(
@@ -75,7 +82,9 @@ def works_of(batch: Batch, tables: Tables, layout: CacheLayout, dtype: torch.dty
                 num_new=batch.num_new,
                 num_computed=batch.num_computed,
                 write_at=page * group.page_tokens + batch.index % group.page_tokens,
-                decodes=(*in_place.values(), *gathers(others, table, group.page_tokens, group.spec.window, dtype)),
+                index=batch.index,
+                one_call=one_call,
+                decodes=decodes,
             )
         )
     return works

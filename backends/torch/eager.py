@@ -63,7 +63,7 @@ class EagerSteps:
     def hidden(self, batch: Batch, ids: Tensor) -> Tensor:
         """What the last layer leaves, as `logits` takes it: [T, D]. ids: i64 [T] in [0, V)."""
         loaded = self._loaded
-        works = works_of(batch, loaded.tables, loaded.layout, loaded.decoder.embed.dtype)
+        works = works_of(batch, loaded.tables, loaded.layout, loaded.decoder.embed.dtype, loaded.caches[0].dtype)
         return loaded.decoder(ids, batch.positions, loaded.caches, loaded.places, works)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
