@@ -18,10 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -85,116 +82,31 @@ class Transformers:
 # our runners
 
 
-@dataclass(slots=True)
-class Stream:
-    slot: int
-    pages: np.ndarray  # i32
-    computed: int = 0
-
-
 class Ours:
-    """One runner, given the plans that a scheduler would make: two steps in flight, tokens fed on the device."""
+    """One runner, given hand-made plans."""
 
     def __init__(self, backend: str, path: Path, dtype: str) -> None:
-        from engine.config import CacheConfig, EngineConfig, ModelConfig, ScheduleConfig
-        from engine.resolve import plan_cache, resolve
-        from engine.runner import Placement, load_runner
-        from engine.specs.checkpoint import read_config
-        from engine.specs.families import parse_config
+        from bench.plans import Driver
+        from engine.config import CacheConfig, ModelConfig, ScheduleConfig
 
-        arch = parse_config(read_config(path))
-        config = EngineConfig(
-            model=ModelConfig(dtype=dtype), cache=CacheConfig(kv_cache_memory_bytes=256 << 20),
-            schedule=ScheduleConfig(max_num_seqs=8, max_num_batched_tokens=1024),
+        self.driver = Driver(
+            backend, path, ModelConfig(dtype=dtype), CacheConfig(kv_cache_memory_bytes=256 << 20),
+            ScheduleConfig(max_num_seqs=8, max_num_batched_tokens=1024),
         )  # fmt: skip
-        self.runner = load_runner(backend)
-        resolved = resolve(config, arch, self.runner.describe())
-        self.runner.configure(resolved.runner, Placement())
-        self.runner.load(path)
-        layout, _, _ = plan_cache(config, resolved, self.runner.cache_budget_bytes())
-        self.layout = layout
-        self.runner.allocate_cache(layout)
-        self.runner.warm_up()
-        self.config = resolved.runner
-        self.vocab_size = arch.vocab_size
-        self.step_id = self.generation = 0
-
-    def bucket(self, tokens: int, rows: int) -> Any:
-        from engine.step import Bucket
-
-        fit = [[b for b in sizes if b >= n] or [n] for sizes, n in
-               ((self.config.token_buckets, tokens), (self.config.row_buckets, rows))]  # fmt: skip
-        return Bucket(tokens=fit[0][0], rows=fit[1][0])
-
-    def plan(self, streams: list[Stream], ids: np.ndarray, samples: bool, opened: bool) -> Any:
-        """One step of all streams, each with len(ids) / len(streams) tokens; ids: i32 [T]."""
-        from engine.step import OpenedRows, PageDelta, Ragged, Sampler, SamplingTable, StepPlan
-
-        count, new = len(streams), len(ids) // len(streams)
-        page = self.layout.groups[0].page_tokens
-        slots = np.array([s.slot for s in streams], np.int32)
-        computed = np.array([s.computed for s in streams], np.int32)
-        entries = [
-            (s.slot, column, s.pages[column])
-            for s in streams
-            for column in range(-(-s.computed // page), -(-(s.computed + new) // page))
-        ]
-        delta = None
-        if entries:
-            columns = np.array(entries, np.int32).T.copy()
-            delta = PageDelta(slots=columns[0], columns=columns[1], pages=columns[2])
-        fresh = None
-        if opened:
-            self.generation += 1
-            zeros, ints = np.zeros(count, np.float32), np.zeros(count, np.int32)
-            none = Ragged(values=np.zeros(0, np.int32), starts=np.zeros(count + 1, np.int32))
-            fresh = OpenedRows(
-                slots=slots, generation=np.full(count, self.generation, np.int32), num_computed=computed,
-                sampling=SamplingTable(
-                    temperature=zeros, top_p=zeros + 1, min_p=zeros, top_k=ints, presence_penalty=zeros,
-                    frequency_penalty=zeros, repetition_penalty=zeros + 1, seed=np.zeros(count, np.uint64),
-                    num_outputs=ints, min_tokens=ints, max_outputs=ints + 10_000, num_logprobs=ints - 1,
-                    stop_ids=none,
-                ),
-            )  # fmt: skip
-        for stream in streams:
-            stream.computed += new
-        self.step_id += 1
-        ends = np.arange(1, count + 1, dtype=np.int32) * new
-        return StepPlan(
-            step_id=self.step_id, bucket=self.bucket(len(ids), count), slots=slots,
-            generation=np.full(count, self.generation, np.int32), num_computed=computed,
-            num_new=np.full(count, new, np.int32), num_logits=np.full(count, int(samples), np.int32), token_ids=ids,
-            positions=(computed[:, None] + np.arange(new, dtype=np.int32)).reshape(1, -1),
-            logit_rows=ends - 1 if samples else ends[:0], sampler=Sampler.GREEDY if samples else Sampler.NONE,
-            opened=fresh, page_deltas=(delta,) * len(self.layout.groups) if delta is not None else (),
-        )  # fmt: skip
-
-    def open(self, count: int, length: int) -> list[Stream]:
-        page = self.layout.groups[0].page_tokens
-        width = -(-length // page)
-        return [Stream(i, np.arange(1 + i * width, 1 + (i + 1) * width, dtype=np.int32)) for i in range(count)]
 
     def decode(self, streams: int) -> float:
-        ids = prompts(streams, PROMPT, self.vocab_size)
-        rows = self.open(streams, PROMPT + OUTPUTS)
-        self.runner.collect(self.runner.submit([self.plan(rows, ids.reshape(-1), True, True)]))
-        last = np.full(streams, -1, np.int32)
-        flying: deque[Any] = deque()
-        start = time.perf_counter()
-        for _ in range(OUTPUTS):
-            flying.append(self.runner.submit([self.plan(rows, last.copy(), True, False)]))
-            if len(flying) == self.config.max_in_flight:
-                self.runner.collect(flying.popleft())
-        while flying:
-            self.runner.collect(flying.popleft())
-        return streams * OUTPUTS / (time.perf_counter() - start)
+        driver = self.driver
+        ids = prompts(streams, PROMPT, driver.vocab_size)
+        rows = driver.open(streams, PROMPT + OUTPUTS)
+        driver.run(driver.plan(rows, ids.reshape(-1), True, True))
+        return streams * OUTPUTS / driver.steps(rows, OUTPUTS)[-1]
 
     def prefill(self) -> float:
-        ids = prompts(1, PREFILL, self.vocab_size)[0]
-        rows = self.open(1, PREFILL)
+        driver = self.driver
+        ids = prompts(1, PREFILL, driver.vocab_size)[0]
+        rows = driver.open(1, PREFILL)
         start = time.perf_counter()
-        self.runner.collect(self.runner.submit([self.plan(rows, ids, True, True)]))
+        driver.run(driver.plan(rows, ids, True, True))
         return PREFILL / (time.perf_counter() - start)
 
 
