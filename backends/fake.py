@@ -93,6 +93,7 @@ class Runner:
             capabilities=options.capabilities,
             max_in_flight=options.max_in_flight,
             page_tokens=options.page_tokens,
+            quantization=("fp8", "compressed-tensors", "awq", "gptq"),  # it has no weights at all
             bucket_style=options.bucket_style,
         )
 

@@ -10,13 +10,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cuda_kernels import cpu_decode, cpu_linear, cpu_norm
+from cuda_kernels import cpu_decode, cpu_linear, cpu_norm, quant_reference
 from cuda_kernels import paged_attention as plain
+from cuda_kernels.quant_weight import Parts, QuantWeight, Weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,14 +40,35 @@ class Work:
     decodes: tuple[plain.Gather | plain.Span, ...]  # rows with one new token, those that are gathered in groups
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, of x's dtype. x: [T, I]; weight: [O, I]; bias: [O] -> [T, O]."""
+    if not isinstance(weight, Tensor):
+        return quant_linear(x, weight, bias)
     return (cpu_linear if x.device.type == "cpu" else functional).linear(x, weight, bias)
+
+
+def quant_linear(x: Tensor, weight: QuantWeight | Parts, bias: Tensor | None) -> Tensor:
+    """The same against a weight in few bits."""
+    if isinstance(weight, Parts):
+        out = torch.cat([linear(x, part) for part in weight.parts], dim=-1)
+        return out if bias is None else out + bias
+    return quant_reference.linear(x, weight, bias)
 
 
 def pack(weight: Tensor) -> Tensor:
     """A product's weight, [O, I], as `linear` likes it best where it lies; nothing else can read the result."""
     return weight if weight.device.type != "cpu" or has_fused_kernels(weight.device) else cpu_linear.pack(weight)
+
+
+def settle(weight: Weight, dtype: torch.dtype) -> Weight:
+    """The same of any weight, [O, I]. dtype: of x. On a CPU what leaves x as it is becomes a plain weight again."""
+    if isinstance(weight, Tensor):
+        return pack(weight)
+    if isinstance(weight, Parts):
+        return Parts(tuple(cast(QuantWeight | Tensor, settle(part, dtype)) for part in weight.parts))
+    if weight.act != "none" or weight.device.type != "cpu" or has_fused_kernels(weight.device):
+        return weight
+    return pack(quant_reference.dequantised(weight, dtype))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

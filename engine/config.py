@@ -21,6 +21,7 @@ class ModelConfig:
     download_dir: str | None = None
     load_format: str = "auto"  # auto | safetensors | orbax | dummy
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16 | half
+    quantization: str | None = None  # None = as config.json says; fp8 rounds a plain checkpoint at load
     max_model_len: int | None = None
     seed: int = 0
     max_logprobs: int = 20

@@ -6,13 +6,14 @@ after it (page counts, from the bytes that the runner says are left). No I/O, no
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.runner import DeviceInfo, RunnerConfig, SamplerLimits
 from engine.specs.arch import ArchSpec
 from engine.specs.cache import CacheLayout, GroupKind, GroupLayout, GroupSpec, PoolLayout, cache_groups
+from engine.specs.families.quantization import at_load
 
 UNIT_TOKENS = 16
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -38,6 +39,7 @@ class Resolved:
 def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolved:
     """Shapes, dtypes and buckets. Raises ConfigError naming the flag, the value and the remedy."""
     refuse_unsupported(config)
+    arch, notes = resolve_quantization(config.model.quantization, arch, device)
     dtype = resolve_dtype(config.model.dtype, arch, device)
     kv_dtype = dtype if config.cache.kv_cache_dtype == "auto" else config.cache.kv_cache_dtype
     if kv_dtype not in device.supported_dtypes:
@@ -72,6 +74,7 @@ def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolve
         max_model_len=max_model_len,
         max_model_len_given=config.model.max_model_len is not None,
         kv_bytes_per_token=sum(g.bytes_per_token(DTYPE_BYTES[kv_dtype]) for g in groups),
+        notes=notes,
     )
 
 
@@ -95,6 +98,30 @@ def refuse_unsupported(config: EngineConfig) -> None:
         raise ConfigError(
             f"--gpu-memory-utilization: {config.cache.gpu_memory_utilization} is not accepted; expected > 0 and <= 1"
         )
+
+
+def resolve_quantization(name: str | None, arch: ArchSpec, device: DeviceInfo) -> tuple[ArchSpec, tuple[str, ...]]:
+    """(the architecture with its weights kept as asked for, notes): config.json decides, the flag must agree.
+
+    fp8 on a plain checkpoint rounds its weights at load.
+    """
+    found = None if arch.quant is None else arch.quant.method
+    if name is not None and name != found:
+        if found is not None:
+            raise ConfigError(f"--quantization: {name!r}, but config.json says {found}; leave the flag out")
+        if name != "fp8":
+            raise ConfigError(f"--quantization: {name!r} needs a checkpoint made so, this one is plain; fp8 rounds it")
+        arch = replace(arch, quant=at_load(name))
+    method = name or found
+    if method is None:
+        return arch, ()
+    if method not in device.quantization:
+        where = "--quantization" if found is None else "config.json: quantization_config"
+        raise ConfigError(f"{where}: {method!r} is not supported by this backend on {device.name}; use --backend torch")
+    rules = () if arch.quant is None else arch.quant.rules
+    if device.kind == "cpu" and any(quant.act == "none" for _, quant in rules):
+        return arch, ("on a CPU weights without rounded activations are kept unpacked, as large as plain ones",)
+    return arch, ()
 
 
 def resolve_dtype(name: str, arch: ArchSpec, device: DeviceInfo) -> str:

@@ -51,6 +51,7 @@ class DeviceInfo:
     page_tokens: int = 64  # the page size that this device's attention likes; a multiple of the unit
     default_dtype: str = "float32"  # what --dtype auto means where the checkpoint says bfloat16 or float16
     supported_dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    quantization: tuple[str, ...] = ()  # values of --quantization whose checkpoints can be loaded
     bucket_style: str = "pow2"  # "pow2": few, coarse shapes (compiled); "exact": any shape, no padding
 
 

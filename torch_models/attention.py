@@ -7,11 +7,13 @@ Letters: T tokens · D width · N query heads · K KV heads · H head size.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cuda_kernels.dispatch import Work, decode_attention, paged_attention
+from cuda_kernels.quant_weight import Weight
 from engine.specs import arch
 from torch_models.layers import rms_norm, rotate
 from torch_models.linear import linear
@@ -20,18 +22,18 @@ from torch_models.linear import linear
 class Attention(nn.Module):
     """Grouped-query attention over a paged cache. q, k and v are rows of one weight."""
 
-    def __init__(self, spec: arch.Attention, norms: arch.Norms, params: Mapping[str, Tensor]) -> None:
+    def __init__(self, spec: arch.Attention, norms: arch.Norms, params: Mapping[str, Any]) -> None:
         super().__init__()
         self.spec = spec
         self.norms = norms
-        self.qkv = params["qkv"]  # [(N + 2K) * H, D]
+        self.qkv: Weight = params["qkv"]  # [(N + 2K) * H, D]
         self.qkv_bias = params.get("qkv_bias")  # [(N + 2K) * H]
         self.q_norm = params.get("q_norm")  # [H]
         self.k_norm = params.get("k_norm")  # [H]
         if spec.qk_norm:  # [N + K, H]
             each = torch.stack([self.q_norm] * spec.num_heads + [self.k_norm] * spec.num_kv_heads)
             self.qk_norm = each.float() + norms.offset
-        self.o = params["o"]  # [D, N * H]
+        self.o: Weight = params["o"]  # [D, N * H]
         self.o_bias = params.get("o_bias")  # [D]
 
     def forward(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cuda_kernels.dispatch import Work
+from cuda_kernels.quant_weight import Weight
 from engine.specs import arch
 from engine.specs.arch import ArchSpec, LayerSpec
 from engine.specs.rope import frequencies
@@ -21,13 +22,13 @@ from torch_models.ffn import GatedFfn
 from torch_models.layers import embed, head, rms_norm
 
 Params = Mapping[str, Any]
-"""{"embed", "final_norm", "head" (absent when tied), "layers": one mapping of part name -> tensor a layer}"""
+"""{"embed", "final_norm", "head" (absent when tied), "layers": of each layer part name -> tensor, or a Weight}"""
 
 
 class Layer(nn.Module):
     """x += mixer(norm(x)); x += ffn(norm(x)); with sandwich norms a further norm before each addition."""
 
-    def __init__(self, spec: LayerSpec, params: Mapping[str, Tensor]) -> None:
+    def __init__(self, spec: LayerSpec, params: Mapping[str, Any]) -> None:
         super().__init__()
         self.spec = spec
         self.mixer = Attention(spec.mixer, spec.norms, params)
@@ -64,7 +65,7 @@ class Decoder(nn.Module):
             [Layer(layer, part) for layer, part in zip(spec.layers, params["layers"], strict=True)]
         )
         self.final_norm = params["final_norm"]  # [D]
-        self.head = params["embed"] if spec.tied_embeddings else params["head"]  # [V, D]
+        self.head: Weight = params["embed"] if spec.tied_embeddings else params["head"]  # [V, D]
         self.frequencies: dict[arch.RopeSpec, tuple[Tensor, float]] = {}
         for layer in spec.layers:
             if layer.mixer.rope is not None and layer.mixer.rope not in self.frequencies:

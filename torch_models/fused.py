@@ -14,9 +14,11 @@ from torch import Tensor
 
 from cuda_kernels import fused, small_linear
 from cuda_kernels.gpu_attention import GpuWork, HeadSpec, attend
+from cuda_kernels.quant_weight import Weight
 from engine.specs import arch
 from torch_models.decoder import Decoder, Layer
 from torch_models.layers import embed
+from torch_models.linear import linear
 
 Turns = dict[arch.RopeSpec | None, tuple[Tensor | None, Tensor | None]]
 
@@ -53,7 +55,11 @@ class FusedDecoder:
     def logits(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """f32 [T, V]. x: [T, D], as run gave it; out: where to write."""
         norm, spec = self.spec.final_norm, self.spec
-        logits = small_linear.head(x, self.final_norm, norm.eps, norm.offset, self.head, out=out)
+        if isinstance(self.head, Tensor):
+            logits = small_linear.head(x, self.final_norm, norm.eps, norm.offset, self.head, out=out)
+        else:
+            scores = linear(fused.rms_norm(x, self.final_norm, norm.eps, norm.offset), self.head)
+            logits = scores.float() if out is None else out.copy_(scores)
         if spec.logit_scale != 1.0:
             logits.mul_(spec.logit_scale)
         if spec.logit_cap is not None:
@@ -84,19 +90,48 @@ def run_layer(
     layer_index: int,
     work: GpuWork,
 ) -> Tensor:
-    """x: [T, D] -> [T, D]. decoder.Layer in at most five launches, seven with sandwich norms."""
+    """x: [T, D] -> [T, D]. decoder.Layer in at most five launches, seven with sandwich norms; few bits take more."""
     norms, mixer, ffn = layer.spec.norms, layer.mixer, layer.ffn
-    qkv = small_linear.norm_linear(x, layer.attn_norm, norms.eps, norms.offset, mixer.qkv, mixer.qkv_bias)
+    qkv = norm_linear(x, layer.attn_norm, norms, mixer.qkv, mixer.qkv_bias)
     mixed = attend(qkv, turn, cache, layer_index, work, heads)
     if norms.sandwich:
-        mixed = small_linear.linear(mixed, mixer.o, mixer.o_bias)
+        mixed = product(mixed, mixer.o, mixer.o_bias)
         x = x + fused.rms_norm(mixed, layer.post_attn_norm, norms.eps, norms.offset)
     else:
-        x = small_linear.linear_add(mixed, mixer.o, mixer.o_bias, x)
-    gated = small_linear.norm_gated(
-        x, layer.ffn_norm, norms.eps, norms.offset, ffn.gate_up, ffn.gate_up_bias, ffn.spec.activation
-    )
+        x = linear_add(mixed, mixer.o, mixer.o_bias, x)
+    gated = norm_gated(x, layer.ffn_norm, norms, ffn.gate_up, ffn.gate_up_bias, ffn.spec.activation)
     if norms.sandwich:
-        fed = small_linear.linear(gated, ffn.down, ffn.down_bias)
+        fed = product(gated, ffn.down, ffn.down_bias)
         return x + fused.rms_norm(fed, layer.post_ffn_norm, norms.eps, norms.offset)
-    return small_linear.linear_add(gated, ffn.down, ffn.down_bias, x)
+    return linear_add(gated, ffn.down, ffn.down_bias, x)
+
+
+# small_linear takes plain weights; one in few bits is a product of its own between a norm and a gate kernel.
+
+
+def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias. x: [T, I]; weight: [O, I]; bias: [O] -> [T, O]."""
+    return small_linear.linear(x, weight, bias) if isinstance(weight, Tensor) else linear(x, weight, bias)
+
+
+def linear_add(x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """residual + x @ weight.T + bias. residual: [T, O], the caller's no more -> [T, O]."""
+    if isinstance(weight, Tensor):
+        return small_linear.linear_add(x, weight, bias, residual)
+    return residual.add_(linear(x, weight, bias))
+
+
+def norm_linear(x: Tensor, norm: Tensor, norms: arch.Norms, weight: Weight, bias: Tensor | None) -> Tensor:
+    """rms_norm(x) @ weight.T + bias. x: [T, I]; norm: f32 [I]; weight: [O, I] -> [T, O]."""
+    if isinstance(weight, Tensor):
+        return small_linear.norm_linear(x, norm, norms.eps, norms.offset, weight, bias)
+    return linear(fused.rms_norm(x, norm, norms.eps, norms.offset), weight, bias)
+
+
+def norm_gated(
+    x: Tensor, norm: Tensor, norms: arch.Norms, gate_up: Weight, bias: Tensor | None, activation: str
+) -> Tensor:
+    """act(gate) * up of rms_norm(x). x: [T, I]; norm: f32 [I]; gate_up: [2F, I]; bias: [2F] -> [T, F]."""
+    if isinstance(gate_up, Tensor):
+        return small_linear.norm_gated(x, norm, norms.eps, norms.offset, gate_up, bias, activation)
+    return fused.gated(norm_linear(x, norm, norms, gate_up, bias), activation)

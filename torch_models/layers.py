@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cuda_kernels import dispatch
+from cuda_kernels.quant_weight import Weight
 from engine.specs.arch import ArchSpec
 from torch_models.linear import linear_f32
 
@@ -46,7 +47,7 @@ def embed(token_ids: Tensor, table: Tensor, scale: float) -> Tensor:
     return rows if scale == 1.0 else rows * float(torch.tensor(scale, dtype=table.dtype))
 
 
-def head(hidden: Tensor, table: Tensor, spec: ArchSpec) -> Tensor:
+def head(hidden: Tensor, table: Weight, spec: ArchSpec) -> Tensor:
     """Logits f32 [T, V]. hidden: [T, D], already normed; table: [V, D]."""
     logits = linear_f32(hidden, table)
     if spec.logit_scale != 1.0:

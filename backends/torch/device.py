@@ -27,6 +27,7 @@ def describe(device: torch.device) -> DeviceInfo:
         page_tokens=64,
         default_dtype="bfloat16" if cuda else "float32",
         supported_dtypes=("float32", "bfloat16", "float16") if cuda else ("float32", "bfloat16"),
+        quantization=("fp8", "compressed-tensors", "awq", "gptq"),
         bucket_style="exact",
     )
 

@@ -28,6 +28,8 @@ def run(source: Path, target: Path, progress: Progress | None = None) -> str:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"DST: {target} exists; expected a new or empty folder")
     arch = parse_config(read_config(source))
+    if arch.quant is not None:
+        raise ConfigError(f"SRC: {source} is quantised ({arch.quant.method}); --backend torch serves it as it is")
     writer = load_writer("orbax")
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -12,6 +12,7 @@ HELP: dict[str, str] = {
     "download_dir": "Where downloads are kept (default: the hub's own cache).",
     "load_format": "How weights are read; dummy makes random ones.",
     "dtype": "Number type of weights and activations.",
+    "quantization": "How weights are kept (default: as config.json says); fp8 rounds plain weights at load.",
     "max_model_len": "Most tokens of a request, prompt and output together (default: the model's own length).",
     "seed": "Seed of dummy weights.",
     "max_logprobs": "Most logprobs a request may ask for.",
@@ -63,6 +64,7 @@ HELP: dict[str, str] = {
 CHOICES: dict[str, tuple[str, ...]] = {
     "load_format": ("auto", "safetensors", "orbax", "dummy"),
     "dtype": ("auto", "float32", "bfloat16", "float16", "half", "float"),
+    "quantization": ("fp8", "compressed-tensors", "awq", "gptq"),
     "kv_cache_dtype": ("auto", "float32", "bfloat16", "float16"),
     "scheduling_policy": ("fcfs", "priority"),
     "backend": ("auto", "jax", "torch", "fake"),
@@ -80,7 +82,6 @@ HUMAN_NUMBERS = frozenset({"max_model_len", "max_num_batched_tokens", "kv_cache_
 
 # Well-known flags of vLLM that are not here: flag -> what to do.
 UNSUPPORTED: dict[str, str] = {
-    "quantization": "quantised weights come with a later release; use --dtype",
     "enable-lora": "adapters come with a later release",
     "lora-modules": "adapters come with a later release",
     "speculative-config": "speculation comes with a later release",

@@ -16,7 +16,7 @@ from engine.specs.families import parse_config
 from engine.specs.generation import generation_defaults, stop_ids
 from engine.specs.manifest import is_orbax, read_manifest
 from engine.specs.parallel import check_parallel, shard_shape
-from engine.specs.weights import DTYPE_BYTES, ParamSpec, param_table
+from engine.specs.weights import DTYPE_BYTES, ParamSpec, num_parameters, param_table
 
 
 def run(path: Path, tensor_parallel_size: int = 1) -> str:
@@ -37,16 +37,20 @@ def run(path: Path, tensor_parallel_size: int = 1) -> str:
 
 
 def summary(path: Path, arch: ArchSpec) -> list[str]:
-    count = sum(param.num_elements for param in param_table(arch))
+    count = num_parameters(arch)
+    num_bytes = sum(param.num_bytes(arch) for param in param_table(arch))
     dtype = arch.checkpoint_dtype
     head = "tied to the embedding" if arch.tied_embeddings else "its own"
     lines = [
         str(path),
         f"  {arch.family}: {len(arch.layers)} layers, {count:,} parameters, "
-        f"{size_text(count * DTYPE_BYTES[dtype])} in {dtype}",
+        f"{size_text(num_bytes)} in {dtype}" + (f" and {arch.quant.method}" if arch.quant is not None else ""),
         f"  width {arch.hidden_size}, vocabulary {arch.vocab_size}, head {head}, "
         f"up to {arch.max_position} tokens, stop ids {list(stop_ids(path, arch))}",
     ]
+    if arch.quant is not None:
+        kinds = dict.fromkeys(param.quant.text for param in param_table(arch) if param.quant is not None)
+        lines += [f"  weights: {kind}" for kind in kinds]
     extras = []
     if arch.embedding_scale != 1:
         extras.append(f"embedding times {arch.embedding_scale:.6g}")
@@ -120,7 +124,6 @@ def ffn_text(layer: LayerSpec) -> str:
 
 def param_lines(arch: ArchSpec, ranks: int) -> list[str]:
     """Parameters of all layers together, those of one name and shape in one line."""
-    item_bytes = DTYPE_BYTES[arch.checkpoint_dtype]
     counts: dict[tuple[str, tuple[int, ...]], tuple[ParamSpec, int]] = {}
     for param in param_table(arch):
         name = param.name if not param.name.startswith("layers.") else "layers.*." + param.name.split(".", 2)[2]
@@ -130,11 +133,11 @@ def param_lines(arch: ArchSpec, ranks: int) -> list[str]:
     totals = [0, 0]
     for (name, shape), (param, times) in counts.items():
         mine = shard_shape(param, ranks, 0)
-        whole_bytes = param.num_elements * times * item_bytes
-        mine_bytes = count_of(mine) * times * item_bytes
+        whole_bytes = param.num_bytes(arch) * times
+        mine_bytes = whole_bytes * count_of(mine) // max(1, param.num_elements)
         totals = [totals[0] + whole_bytes, totals[1] + mine_bytes]
         layers = str(times) if name.startswith("layers.") else ""
-        axes = " ".join(param.axes)
+        axes = " ".join(axis or "-" for axis in param.axes)
         rows.append(
             (name, layers, shape_text(shape), axes, size_text(whole_bytes), shape_text(mine), size_text(mine_bytes))
         )

@@ -15,7 +15,6 @@ PARTS = ("model", "cache", "schedule", "parallel")
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "enforce_eager": (False, None),
     "tokenizer_mode": ("auto",),
-    "quantization": (None,),
     "enable_lora": (False,),
     "enable_chunked_prefill": (True, None),
     "disable_custom_all_reduce": (False,),

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from engine.specs.quant import ModelQuant
+
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 Activation = Literal["silu", "gelu_tanh", "gelu"]
 
@@ -120,6 +122,7 @@ class ArchSpec:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     names: TensorNames = TensorNames()
+    quant: ModelQuant | None = None  # which weights are kept in few bits, None = none
 
     @property
     def runs(self) -> tuple[tuple[int, tuple[LayerSpec, ...], int], ...]:

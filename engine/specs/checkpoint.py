@@ -13,10 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engine.specs.arch import ArchSpec
+from engine.specs.quant_checks import check_extras, check_groups
 from engine.specs.safetensors import (
     FLOATS,
     MAX_HEADER_BYTES,
+    STORED,
     TensorEntry,
     first_non_finite,
     parse_json,
@@ -24,7 +28,7 @@ from engine.specs.safetensors import (
     read_tensor,
     refuse,
 )
-from engine.specs.weights import ParamSpec, RawTensor, Source, param_table
+from engine.specs.weights import ParamSpec, RawTensor, Source, input_groups, param_table
 
 INDEX_NAME = "model.safetensors.index.json"
 MANIFEST_NAME = "twinfer_checkpoint.json"  # see manifest.py
@@ -44,12 +48,13 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """One parameter and the rows of the tensor that hold it."""
+    """One parameter and what of the tensor holds it: [start, stop) of one axis."""
 
     param: ParamSpec
     entry: TensorEntry
-    start_row: int
-    stop_row: int
+    start: int
+    stop: int
+    axis: int = 0
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -127,18 +132,27 @@ def read_sharded(path: Path, index: Path, files: list[Path]) -> dict[str, Tensor
 def assign(path: Path, arch: ArchSpec, entries: dict[str, TensorEntry]) -> list[Assignment]:
     """Match every parameter with its tensor, in file order. Raises CheckpointError."""
     assignments = []
-    covered: dict[str, int] = {}  # tensor name -> rows in use
+    covered: dict[str, int] = {}  # tensor name -> entries of its axis in use
     for param in param_table(arch):
+        if param.optional and not any(source.name in entries for source in param.sources):
+            continue
         source, entry = pick_source(path, param, entries)
-        assignments.append(check_entry(param, source, entry, arch))
-        covered[entry.name] = covered.get(entry.name, 0) + assignments[-1].stop_row - assignments[-1].start_row
+        part = check_entry(param, source, entry, arch)
+        assignments.append(part)
+        count = part.stop - part.start
+        covered[entry.name] = count if source.shared else covered.get(entry.name, 0) + count
+    axes = {part.entry.name: part.axis for part in assignments}
+    extras = []
     for name, entry in entries.items():
-        rows = entry.shape[0] if entry.shape else 1
-        if name in covered and covered[name] != rows:
-            refuse(entry.file, f"{name}: {covered[name]} rows are used, it has {rows}")
-        if name not in covered and not is_harmless(name, arch):
-            refuse(entry.file, f"{name}: not a parameter of {arch.family} as config.json describes it")
-    return sorted(assignments, key=lambda part: (part.entry.file.name, part.entry.start, part.start_row))
+        if name not in covered:
+            extras += [] if is_harmless(name, arch) else [entry]
+            continue
+        total = entry.shape[axes[name]] if entry.shape else 1
+        if covered[name] != total:
+            refuse(entry.file, f"{name}: {covered[name]} rows are used, it has {total}")
+    for entry in check_extras(arch, extras):
+        refuse(entry.file, f"{entry.name}: not a parameter of {arch.family} as config.json describes it")
+    return sorted(assignments, key=lambda part: (part.entry.file.name, part.entry.start, part.start))
 
 
 def pick_source(path: Path, param: ParamSpec, entries: dict[str, TensorEntry]) -> tuple[Source, TensorEntry]:
@@ -146,20 +160,29 @@ def pick_source(path: Path, param: ParamSpec, entries: dict[str, TensorEntry]) -
         if source.name in entries:
             return source, entries[source.name]
     files = sorted({entry.file for entry in entries.values()})
-    refuse(files[0] if len(files) == 1 else path / INDEX_NAME, f"{param.sources[0].name}: missing")
+    remedy = "" if param.quant is None or not param.field else f" (quantization_config says {param.quant.text})"
+    refuse(files[0] if len(files) == 1 else path / INDEX_NAME, f"{param.sources[0].name}: missing{remedy}")
 
 
 def check_entry(param: ParamSpec, source: Source, entry: TensorEntry, arch: ArchSpec) -> Assignment:
     """Shape and dtype against the table and config.json."""
-    expected = param.shape if source.rows is None else (source.rows, *param.shape[1:])
-    if entry.shape != expected:
+    sizes = list(param.shape)
+    if source.rows is not None:
+        sizes[source.axis] = source.rows
+    expected = tuple(sizes)
+    if entry.shape != expected and not (param.flat and without_ones(entry.shape) == without_ones(expected)):
         refuse(entry.file, f"{entry.name}: shape {list(entry.shape)}, config.json means {list(expected)}")
-    if entry.dtype not in FLOATS:
-        refuse(entry.file, f"{entry.name}: dtype {entry.dtype} is not supported; expected {', '.join(FLOATS)}")
-    if {FLOATS[entry.dtype][0], arch.checkpoint_dtype} == {"float16", "bfloat16"}:
+    known = [name for name, (dtype, _) in STORED.items() if dtype == param.dtype] or list(FLOATS)
+    if entry.dtype not in known:
+        refuse(entry.file, f"{entry.name}: dtype {entry.dtype} is not supported; expected {', '.join(known)}")
+    if param.dtype is None and {FLOATS[entry.dtype][0], arch.checkpoint_dtype} == {"float16", "bfloat16"}:
         refuse(entry.file, f"{entry.name}: dtype {entry.dtype}, config.json says {arch.checkpoint_dtype}; correct it")
     start = 0 if source.start is None else source.start
-    return Assignment(param, entry, start, expected[0] if source.stop is None else source.stop)
+    return Assignment(param, entry, start, expected[source.axis] if source.stop is None else source.stop, source.axis)
+
+
+def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
 
 
 def is_harmless(name: str, arch: ArchSpec) -> bool:
@@ -172,7 +195,7 @@ def is_harmless(name: str, arch: ArchSpec) -> bool:
 def stream_params(
     path: Path, arch: ArchSpec, progress: Progress | None = None, *, scan: bool = True
 ) -> Iterator[tuple[ParamSpec, RawTensor]]:
-    """Each parameter of `arch` exactly once, in file order, one in memory at a time.
+    """Each parameter of `arch` exactly once, in file order, one in memory at a time; absent optional ones at the end.
 
     progress: told ("weights", bytes read, bytes in all). scan: refuse NaN and infinity. Raises CheckpointError.
     """
@@ -189,16 +212,35 @@ def stream_params(
             progress("weights", done, total)
 
     for part in assignments:
-        tensor = read_tensor(part.entry, part.start_row, part.stop_row, part.param.shape, read)
+        tensor = read_part(part, read)
+        if part.param.init == "groups":
+            check_groups(part.param, tensor, part.entry)
         bad = first_non_finite(tensor) if scan else None
         if bad is not None:
             refuse(part.entry.file, f"{part.entry.name}: NaN or infinity at element {bad} of {part.param.name}")
         yield part.param, tensor
+    if arch.quant is not None:
+        present = {part.param.name for part in assignments}
+        for param in param_table(arch):
+            if param.name not in present:
+                yield param, input_groups(param)
+
+
+def read_part(part: Assignment, read: Callable[[int], None]) -> RawTensor:
+    """The parameter's numbers; of a later axis than the first, the whole tensor is read for a part of it."""
+    entry = part.entry
+    if part.axis == 0:
+        return read_tensor(entry, part.start, part.stop, part.param.shape, read)
+    whole = read_tensor(entry, 0, entry.shape[0], entry.shape, read)
+    cut = (slice(None),) * part.axis + (slice(part.start, part.stop),)
+    return RawTensor(whole.dtype, np.ascontiguousarray(whole.data[cut]))
 
 
 def part_bytes(part: Assignment) -> int:
+    """What read_part reads."""
+    num_bytes = part.entry.stop - part.entry.start
     rows = part.entry.shape[0] if part.entry.shape else 1
-    return (part.entry.stop - part.entry.start) // rows * (part.stop_row - part.start_row)
+    return num_bytes if part.axis else num_bytes // rows * (part.stop - part.start)
 
 
 TIED_ROWS = 1024

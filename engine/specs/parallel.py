@@ -33,27 +33,41 @@ def shard_slices(param: ParamSpec, tensor_size: int, tensor_rank: int) -> tuple[
     """The rows and columns of `param` that rank `tensor_rank` of `tensor_size` holds. Raises ConfigError."""
     if not 0 <= tensor_rank < tensor_size:
         raise ConfigError(f"tensor rank: {tensor_rank} is not accepted; expected 0 to {tensor_size - 1}")
+    units = param.units or (1,) * len(param.shape)
     return tuple(
-        shard_range(param, axis, size, tensor_size, tensor_rank)
-        for axis, size in zip(param.axes, param.shape, strict=True)
+        shard_range(param, axis, size, unit, (tensor_size, tensor_rank))
+        for axis, size, unit in zip(param.axes, param.shape, units, strict=True)
     )
 
 
-def shard_range(param: ParamSpec, axis: str, size: int, ranks: int, rank: int) -> slice:
-    """One axis of one rank. Half-open; empty where a short vocabulary has run out."""
+def shard_range(param: ParamSpec, axis: str, size: int, unit: int, place: tuple[int, int]) -> slice:
+    """One axis of one rank. Half-open; empty where a short vocabulary has run out.
+
+    unit: what an index of the axis covers; cuts must be at whole ones. place: (ranks, rank).
+    """
+    ranks, rank = place
     if axis == "vocab":
         rows = -(-size // ranks)
         return slice(min(rank * rows, size), min((rank + 1) * rows, size))
     if axis not in ("heads", "kv_heads", "ffn"):
         return slice(0, size)
-    units = size // param.granule
-    if axis == "kv_heads" and ranks > units and ranks % units == 0:
-        head = rank // (ranks // units)  # neighbours share a head
-        return slice(head * param.granule, (head + 1) * param.granule)
-    if units % ranks:
-        raise ConfigError(f"--tensor-parallel-size: {ranks} does not divide the {units} {axis} units of {param.name}")
-    width = units // ranks * param.granule
-    return slice(rank * width, (rank + 1) * width)
+    granules = size * unit // param.granule
+    if axis == "kv_heads" and ranks > granules and ranks % granules == 0:
+        head = rank // (ranks // granules)  # neighbours share a head
+        return cut(param, head * param.granule, (head + 1) * param.granule, unit, ranks)
+    if granules % ranks:
+        raise ConfigError(
+            f"--tensor-parallel-size: {ranks} does not divide the {granules} {axis} units of {param.name}"
+        )
+    width = granules // ranks * param.granule
+    return cut(param, rank * width, (rank + 1) * width, unit, ranks)
+
+
+def cut(param: ParamSpec, start: int, stop: int, unit: int, ranks: int) -> slice:
+    """[start, stop) in indexes of `unit` each. Raises ConfigError where that is no whole number."""
+    if start % unit or stop % unit:
+        raise ConfigError(f"--tensor-parallel-size: {ranks} cuts {param.name} inside {unit} that belong together")
+    return slice(start // unit, stop // unit)
 
 
 def shard_shape(param: ParamSpec, tensor_size: int, tensor_rank: int) -> tuple[int, ...]:

@@ -30,6 +30,12 @@ FLOATS: dict[str, tuple[str, np.dtype[Any]]] = {
     "BF16": ("bfloat16", np.dtype("<u2")),
     "F16": ("float16", np.dtype("<f2")),
 }
+STORED = FLOATS | {
+    "F8_E4M3": ("float8_e4m3", np.dtype("u1")),
+    "I8": ("int8", np.dtype("i1")),
+    "I32": ("int32", np.dtype("<i4")),
+    "I64": ("int64", np.dtype("<i8")),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +151,7 @@ def read_tensor(
     entry: TensorEntry, start_row: int, stop_row: int, shape: tuple[int, ...], read: Callable[[int], None]
 ) -> RawTensor:
     """Rows [start_row, stop_row) of `entry` as an array of `shape`. `read` is told the bytes of each pread."""
-    dtype, numpy_dtype = FLOATS[entry.dtype]
+    dtype, numpy_dtype = STORED[entry.dtype]
     row_bytes = (entry.stop - entry.start) // entry.shape[0] if entry.shape else entry.stop - entry.start
     at, stop = entry.start + start_row * row_bytes, entry.start + stop_row * row_bytes
     data = np.empty(shape, numpy_dtype)
@@ -172,11 +178,14 @@ EXPONENT: dict[str, np.unsignedinteger[Any]] = {
     "float32": np.uint32(0x7F800000),
     "bfloat16": np.uint16(0x7F80),
     "float16": np.uint16(0x7C00),
+    "float8_e4m3": np.uint8(0x7F),  # no infinities; NaN has every bit but the sign
 }
 
 
 def first_non_finite(tensor: RawTensor) -> int | None:
     """Flat index of the first NaN or infinity, None when there is none. Reads bits, so it needs no float16 unit."""
+    if tensor.dtype not in EXPONENT:
+        return None
     mask = EXPONENT[tensor.dtype]
     bits: NDArray[np.unsignedinteger[Any]] = tensor.data.reshape(-1).view(mask.dtype)
     exponents = np.empty(min(SCAN_ITEMS, bits.size), mask.dtype)

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.errors import ConfigError
 from engine.specs.arch import ArchSpec, Attention, LayerSpec
+from engine.specs.quant import ITEM_BYTES, QuantTensor, WeightQuant, quant_tensors
 
 # Logical axes. "heads", "kv_heads" are N * H and K * H wide; "embed" D; "ffn" F; "vocab" V; "head" H.
 
@@ -24,15 +26,18 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Where a parameter lies in a checkpoint: a whole tensor, or rows [start, stop) of its first axis.
+    """Where a parameter lies in a checkpoint: a whole tensor, or a part [start, stop) of one of its axes.
 
-    rows: height of the whole tensor when only a part of it is meant.
+    rows: length of that axis of the whole tensor when only a part of it is meant.
+    shared: other parameters have the same tensor (one scale of a fused weight).
     """
 
     name: str
     start: int | None = None
     stop: int | None = None
     rows: int | None = None
+    axis: int = 0
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,29 +47,55 @@ class ParamSpec:
     name: "embed", "final_norm", "head", or "layers.{i}.{part}" with part one of
         attn_norm, q, k, v, o, q_bias, k_bias, v_bias, o_bias, q_norm, k_norm, post_attn_norm,
         ffn_norm, gate, up, down, gate_bias, up_bias, down_bias, post_ffn_norm.
+        A weight in few bits is several parameters, "{its name}.{field}", see quant.py.
     shape: weights are [out, in], as in checkpoints.
     axes: logical axis of each dimension.
     sources: checkpoint spellings, the first that is present wins (e.g. with or without a "model." prefix).
     granule: axes "heads" and "kv_heads" split only at multiples of this (the head size).
+    init: dummy weights: "normal" | "ones" | "zeros", and of quantised weights "constant" (value) | "codes" (stored
+        numbers) | "groups" (the group of each input, value inputs each).
+    quant, field: how the weight is kept that this belongs to, and what of it this is; "" = a plain weight.
+    dtype: None = the checkpoint's, "float" = any of the float types, else exactly this.
+    units: what an index of each axis covers (8 of packed numbers, a group), () = 1 everywhere.
+    flat: axes of one entry may be left out. optional: may be absent, then it is what `init` says.
     """
 
     name: str
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     sources: tuple[Source, ...]
-    init: str = "normal"  # dummy weights: "normal" | "ones" | "zeros"
+    init: str = "normal"
     granule: int = 1
+    quant: WeightQuant | None = None
+    field: str = ""
+    dtype: str | None = None
+    units: tuple[int, ...] = ()
+    value: float = 0.0
+    flat: bool = False
+    optional: bool = False
 
     @property
     def num_elements(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def weight(self) -> str:
+        """Name of the weight that this is, or is a field of."""
+        return self.name.removesuffix("." + self.field) if self.field else self.name
+
+    def dtype_of(self, arch: ArchSpec) -> str:
+        return arch.checkpoint_dtype if self.dtype in (None, "float") else str(self.dtype)
+
+    def num_bytes(self, arch: ArchSpec) -> int:
+        """In a checkpoint; scales are counted in the checkpoint's own float type."""
+        return self.num_elements * ITEM_BYTES[self.dtype_of(arch)]
+
 
 @dataclass(frozen=True, slots=True)
 class RawTensor:
-    """Numbers as a checkpoint has them. dtype bfloat16 comes as its bits in uint16; the backend converts."""
+    """Numbers as a checkpoint has them. bfloat16 comes as its bits in uint16, e4m3 in uint8; the backend converts."""
 
-    dtype: str  # "float32" | "bfloat16" | "float16"
+    dtype: str  # "float32" | "bfloat16" | "float16" | "float8_e4m3" | "int32" | "int8"
     data: NDArray[Any]  # of the parameter's shape, C order
 
 
@@ -85,8 +116,58 @@ def param_table(arch: ArchSpec) -> tuple[ParamSpec, ...]:
         )
     )
     if not arch.tied_embeddings:
-        table.append(ParamSpec(name="head", shape=(vocab, width), axes=("vocab", "embed"), sources=heads))
+        table += kept(arch, ParamSpec(name="head", shape=(vocab, width), axes=("vocab", "embed"), sources=heads))
     return tuple(table)
+
+
+def kept(arch: ArchSpec, plain: ParamSpec) -> list[ParamSpec]:
+    """The parameters of a linear module's weight: itself, or the tensors that it is kept in."""
+    modules = tuple(source.name.removesuffix(".weight") for source in plain.sources)
+    quant = arch.quant.of(modules) if arch.quant is not None else None
+    if quant is None:
+        return [plain]
+    if quant.at_load:
+        return [replace(plain, quant=quant)]
+    rows, columns = plain.shape
+    tensors = quant_tensors(quant, rows, columns, f"config.json: quantization_config: {modules[0]}")
+    return [quant_param(plain, quant, tensor) for tensor in tensors]
+
+
+def quant_param(plain: ParamSpec, quant: WeightQuant, tensor: QuantTensor) -> ParamSpec:
+    """One tensor of a quantised weight, from the weight as it would be."""
+    axes = {"out": plain.axes[0], "in": plain.axes[1]}
+    return ParamSpec(
+        name=f"{plain.name}.{tensor.field}",
+        shape=tuple(dim.size(*plain.shape) for dim in tensor.dims),
+        axes=tuple(axes.get(dim.along, "") for dim in tensor.dims),
+        sources=tuple(quant_source(source, tensor, suffix) for source in plain.sources for suffix in tensor.suffixes),
+        init=tensor.init,
+        granule=plain.granule,
+        quant=quant,
+        field=tensor.field,
+        dtype=tensor.dtype,
+        units=tuple(dim.unit for dim in tensor.dims),
+        value=tensor.value,
+        flat=tensor.flat,
+        optional=tensor.optional,
+    )
+
+
+def quant_source(source: Source, tensor: QuantTensor, suffix: str) -> Source:
+    """Where a tensor of a weight lies, from where the plain weight would lie. Raises ConfigError at uneven cuts."""
+    name = source.name.removesuffix("weight") + suffix
+    if source.start is None or source.stop is None or source.rows is None:
+        return Source(name=name)
+    axis = next((index for index, dim in enumerate(tensor.dims) if dim.along == "out"), None)
+    if axis is None:
+        return Source(name=name, shared=True)
+    unit = tensor.dims[axis].unit
+    if source.start % unit or (source.stop % unit and source.stop != source.rows):
+        raise ConfigError(
+            f"config.json: quantization_config: {name}: parts of a fused weight do not begin at a multiple of {unit}"
+        )
+    stop, rows = -(-source.stop // unit), -(-source.rows // unit)
+    return Source(name=name, start=source.start // unit, stop=stop, rows=rows, axis=axis)
 
 
 def in_model(
@@ -135,14 +216,16 @@ def attention_params(arch: ArchSpec, index: int, mixer: Attention) -> list[Param
         else:
             sources = in_model(arch, f"{stem}{part}_proj.weight")
         row += rows
-        params.append(
-            ParamSpec(name=name + part, shape=(rows, width), axes=(axis, "embed"), sources=sources, granule=size)
+        params += kept(
+            arch, ParamSpec(name=name + part, shape=(rows, width), axes=(axis, "embed"), sources=sources, granule=size)
         )
         if mixer.qkv_bias:
             bias = in_model(arch, f"{stem}{part}_proj.bias")
             params.append(ParamSpec(name=f"{name}{part}_bias", shape=(rows,), axes=(axis,), sources=bias, granule=size))
     out = in_model(arch, stem + "o_proj.weight")
-    params.append(ParamSpec(name=name + "o", shape=(width, q_size), axes=("embed", "heads"), sources=out, granule=size))
+    params += kept(
+        arch, ParamSpec(name=name + "o", shape=(width, q_size), axes=("embed", "heads"), sources=out, granule=size)
+    )
     if mixer.out_bias:
         bias = in_model(arch, stem + "o_proj.bias")
         params.append(ParamSpec(name=name + "o_bias", shape=(width,), axes=("embed",), sources=bias))
@@ -162,7 +245,7 @@ def ffn_params(arch: ArchSpec, index: int, layer: LayerSpec) -> list[ParamSpec]:
         else:
             sources = in_model(arch, f"{stem}{part}_proj.weight")
         shape = (rows, width if part != "down" else size)
-        params.append(ParamSpec(name=name + part, shape=shape, axes=axes, sources=sources))
+        params += kept(arch, ParamSpec(name=name + part, shape=shape, axes=axes, sources=sources))
         if layer.ffn.bias:
             bias = in_model(arch, f"{stem}{part}_proj.bias")
             params.append(ParamSpec(name=f"{name}{part}_bias", shape=(rows,), axes=axes[:1], sources=bias))
@@ -170,7 +253,8 @@ def ffn_params(arch: ArchSpec, index: int, layer: LayerSpec) -> list[ParamSpec]:
 
 
 def num_parameters(arch: ArchSpec) -> int:
-    return sum(param.num_elements for param in param_table(arch))
+    """Of the model, in however many bits they are kept."""
+    return sum(param.num_elements for param in param_table(replace(arch, quant=None)))
 
 
 DUMMY_BLOCK = 1_048_573  # prime, so that a repeated block never lines up with the rows of a matrix
@@ -192,6 +276,9 @@ def dummy_blocks(arch: ArchSpec, seed: int) -> Iterator[tuple[ParamSpec, RawTens
     shared: dict[float, NDArray[Any]] = {}
     for index, param in enumerate(param_table(arch)):
         count = min(param.num_elements, DUMMY_BLOCK)
+        if param.field:
+            yield param, quant_block(arch, param, seed, index)
+            continue
         if param.init != "normal":
             yield param, RawTensor(dtype, from_float32(np.full(count, param.init == "ones", np.float32), dtype))
             continue
@@ -203,6 +290,41 @@ def dummy_blocks(arch: ArchSpec, seed: int) -> Iterator[tuple[ParamSpec, RawTens
         if scale not in shared:
             shared[scale] = from_float32(normals(seed, -1, count) * np.float32(scale), dtype)
         yield param, RawTensor(dtype, np.roll(shared[scale], index * 7919))
+
+
+def quant_block(arch: ArchSpec, param: ParamSpec, seed: int, index: int) -> RawTensor:
+    """Numbers [n] that fill one tensor of a quantised weight over and over. index: of the parameter."""
+    count, dtype = min(param.num_elements, DUMMY_BLOCK), param.dtype_of(arch)
+    if param.init == "groups":
+        return input_groups(param)
+    if param.init == "constant":
+        if dtype == "int32":
+            return RawTensor(dtype, np.full(count, int(param.value), np.int32))
+        return RawTensor(dtype, from_float32(np.full(count, param.value, np.float32), dtype))
+    if dtype == "int32":
+        key = np.array([seed % 2**64, index], np.uint64)
+        bits = np.random.Generator(np.random.Philox(key=key)).integers(0, 1 << 32, count, np.uint32)
+        return RawTensor(dtype, bits.view(np.int32))
+    values = normals(seed, index, count) * np.float32(param.value)
+    if dtype == "int8":
+        return RawTensor(dtype, np.clip(np.rint(values), -127, 127).astype(np.int8))
+    return RawTensor(dtype, to_e4m3(values))
+
+
+def input_groups(param: ParamSpec) -> RawTensor:
+    """i32 [I]: the group of each input, one after another, with act order in turn."""
+    inputs, size = np.arange(param.shape[0], dtype=np.int32), int(param.value)
+    turns = param.quant is not None and param.quant.act_order
+    return RawTensor("int32", inputs % (len(inputs) // size) if turns else inputs // size)
+
+
+def to_e4m3(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """The nearest e4m3 numbers, as bits: sign, 4 bits of exponent less 7, 3 of mantissa; none above 448."""
+    codes = np.arange(127, dtype=np.int32)  # 127 is NaN
+    exponent, mantissa = codes >> 3, (codes & 7) / 8
+    known = np.where(exponent == 0, mantissa * 2.0**-6, (1 + mantissa) * 2.0 ** (exponent - 7.0))
+    nearest = np.searchsorted((known[1:] + known[:-1]) / 2, np.abs(values)).astype(np.uint8)
+    return np.where(np.signbit(values), nearest | np.uint8(0x80), nearest).astype(np.uint8)
 
 
 def normals(seed: int, stream: int, count: int) -> NDArray[np.float32]:

@@ -180,8 +180,13 @@ class Watched:
 
 def run_case(backend: str, case: Case, folder: Path, sizes: Sizes = FULL, reference: Path | None = None) -> Report:
     """Serve, compare, count. reference: a checkpoint to compare with, when not the one that is served."""
-    report = Report(name=f"{backend} {case.name}")
     write_checkpoint(case.family, folder, **case.overrides)
+    return run_folder(backend, case, folder, sizes, reference)
+
+
+def run_folder(backend: str, case: Case, folder: Path, sizes: Sizes = FULL, reference: Path | None = None) -> Report:
+    """The same for a checkpoint that is there already."""
+    report = Report(name=f"{backend} {case.name}")
     began = time.monotonic()
     loop, _ = start_core(engine_config(backend, case), folder)
     watched = loop.executor = Watched(loop.executor)

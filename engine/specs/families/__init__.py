@@ -6,12 +6,15 @@ A checkpoint's own code (`auto_map`) is never read. A model_type that is not in 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from engine.errors import ConfigError
 from engine.specs.arch import ArchSpec
 from engine.specs.families import dense, gemma
 from engine.specs.families.fields import Fields
+from engine.specs.families.quantization import parse_quantization
+from engine.specs.weights import param_table
 
 PARSERS: dict[str, Callable[[Fields], ArchSpec]] = {
     "llama": dense.parse_llama,
@@ -32,6 +35,9 @@ def parse_config(config: Mapping[str, Any]) -> ArchSpec:
     if not isinstance(model_type, str) or model_type not in PARSERS:
         fields.refuse("model_type", "one of " + ", ".join(sorted(PARSERS)))
     try:
-        return PARSERS[model_type](fields)
+        arch = replace(PARSERS[model_type](fields), quant=parse_quantization(fields))
+        if arch.quant is not None:
+            param_table(arch)  # refuses sizes that the form cannot have
+        return arch
     except RecursionError:
         raise ConfigError("config.json: nested too deeply") from None

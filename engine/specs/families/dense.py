@@ -28,8 +28,6 @@ DTYPES = {name: name for name in ("float32", "bfloat16", "float16")} | {
 
 # Keys that change the mathematics and that no dense family here knows, with the values that mean "not used".
 FOREIGN_KEYS: dict[str, tuple[object, ...]] = {
-    "quantization_config": ({},),
-    "compression_config": ({},),
     "num_experts": (0, 1),
     "num_local_experts": (0, 1),
     "n_routed_experts": (0,),

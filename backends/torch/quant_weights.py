@@ -1,0 +1,68 @@
+"""Loads weights in few bits: gathers the tensors of one, makes a QuantWeight of them, joins what is fused.
+
+Called by weights.py for each parameter that belongs to such a weight. A weight is turned as soon as its last tensor has
+come, so that no more is held twice than the weights that are begun.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cuda_kernels.dispatch import settle
+from cuda_kernels.quant_layout import joined, nibble_weight, plain_weight, round_to_fp8
+from cuda_kernels.quant_weight import QuantWeight, Weight
+from engine.specs.arch import ArchSpec
+from engine.specs.quant import WeightQuant
+from engine.specs.weights import ParamSpec, param_table
+
+
+class QuantLoad:
+    """The weights of a model that are not plain, while they come.
+
+    stored: parameter's weight ("layers.0.q") -> name of what it is stored in ("layers.0.qkv").
+    """
+
+    def __init__(self, arch: ArchSpec, stored: dict[str, str], dtype: torch.dtype) -> None:
+        self.stored = stored
+        self.dtype = dtype
+        self.fields_left: dict[str, int] = {}
+        self.parts: dict[str, dict[str, QuantWeight | Tensor | None]] = {}  # of what is stored, top to bottom
+        self.fields: dict[str, dict[str, Tensor]] = {}
+        table = param_table(arch)
+        quantised = {stored[param.weight] for param in table if param.quant is not None}
+        for param in table:
+            name = stored[param.weight]
+            if name in quantised:
+                self.fields_left[param.weight] = self.fields_left.get(param.weight, 0) + 1
+                self.parts.setdefault(name, {})[param.weight] = None
+
+    def takes(self, param: ParamSpec) -> bool:
+        """Whether the parameter belongs to a weight that is not plain, or is fused with one."""
+        return param.weight in self.fields_left
+
+    def add(self, param: ParamSpec, numbers: Tensor) -> tuple[str, Weight] | None:
+        """Take one tensor; -> (stored name, weight) when it was the last of its weight. numbers: on the device."""
+        fields = self.fields.setdefault(param.weight, {})
+        fields[param.field] = numbers
+        if len(fields) < self.fields_left[param.weight]:
+            return None
+        name = self.stored[param.weight]
+        parts = self.parts[name]
+        parts[param.weight] = build(param.quant, self.fields.pop(param.weight), self.dtype)
+        done = [part for part in parts.values() if part is not None]
+        if len(done) < len(parts):
+            return None
+        del self.parts[name]
+        return name, settle(joined(done), self.dtype)
+
+
+def build(quant: WeightQuant | None, fields: dict[str, Tensor], dtype: torch.dtype) -> QuantWeight | Tensor:
+    """One weight from the tensors that the checkpoint has of it."""
+    if quant is None:
+        return fields[""].to(dtype)
+    if quant.at_load:
+        return round_to_fp8(fields[""])
+    if quant.layout == "plain":
+        return plain_weight(quant.scheme, quant.act, fields, quant.per == "block")
+    return nibble_weight(quant.layout, fields, quant.group, quant.zero_bias, dtype)

@@ -1,0 +1,87 @@
+"""Products against weights in few bits in plain torch: what runs on a CPU, and what the GPU kernels are compared with.
+
+Activations are rounded as the scheme says (quant_weight.Act) and sums are exact or float32, so that a kernel differs by
+the order of its sums alone. Called by dispatch.py.
+Letters: T tokens · I in · O out · G groups of inputs.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cuda_kernels.quant_weight import BLOCK, NIBBLES, QuantWeight
+
+E4M3_MAX = 448.0
+INT8_MAX = 127.0
+SMALLEST = 1e-12  # a scale of a row of zeros: anything but 0
+
+
+def linear(x: Tensor, weight: QuantWeight, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias, of x's dtype. x: [T, I]; weight: [O, I]; bias: [O] -> [T, O]."""
+    if weight.act == "none":
+        return functional.linear(x, dequantised(weight, x.dtype), bias)
+    if weight.act == "block":
+        out = functional.linear(rounded_blocks(x), dequantised(weight, torch.float32))
+    elif weight.scheme == "int8":
+        codes, scale = rounded(x, weight)
+        out = int_product(codes.to(torch.int8), weight.data) * scale * weight.scale
+    else:
+        codes, scale = rounded(x, weight)
+        out = functional.linear(codes.to(torch.float8_e4m3fn).float(), weight.data.float()) * scale * weight.scale
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+def rounded(x: Tensor, weight: QuantWeight) -> tuple[Tensor, Tensor]:
+    """Act "token" or "static": (numbers within the format's limits, f32 [T, I], scales, f32 [T, 1] or [1])."""
+    limit = INT8_MAX if weight.scheme == "int8" else E4M3_MAX
+    if weight.act_scale is not None:
+        scale = weight.act_scale
+    else:
+        scale = x.abs().amax(dim=1, keepdim=True).float().clamp(min=SMALLEST) / limit
+    codes = x.float() / scale
+    if weight.scheme == "int8":
+        return codes.round_().clamp_(-INT8_MAX - 1, INT8_MAX), scale
+    return codes.clamp_(-limit, limit), scale
+
+
+def rounded_blocks(x: Tensor) -> Tensor:
+    """Act "block": x rounded to e4m3, each BLOCK of a row's inputs by a scale of its own, f32 [T, I]."""
+    rows, inner = x.shape
+    padded = functional.pad(x.float(), (0, -inner % BLOCK)).view(rows, -1, BLOCK)
+    scale = padded.abs().amax(dim=2, keepdim=True).clamp(min=SMALLEST) / E4M3_MAX
+    codes = (padded / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
+    return (codes * scale).view(rows, -1)[:, :inner]
+
+
+def int_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight.T with exact sums, f32 [T, O]. x: int8 [T, I]; weight: int8 [O, I]."""
+    return torch._int_mm(x, weight.t()).float()
+
+
+def dequantised(weight: QuantWeight, dtype: torch.dtype) -> Tensor:
+    """The weight that is meant, [O, I] of `dtype`, each number rounded once."""
+    if weight.scheme == "fp8_block":
+        rows, columns = weight.shape
+        scale = weight.scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
+        return (weight.data.float() * scale).to(dtype)
+    if weight.scheme != "w4":
+        return (weight.data.float() * weight.scale[:, None]).to(dtype)
+    rows, columns = weight.shape
+    codes = nibbles(weight.data).view(rows, -1, weight.group).float()  # [O, G, group]
+    codes -= cast(Tensor, weight.zeros).float()[:, :, None]
+    out = (codes * weight.scale.float()[:, :, None]).view(rows, columns).to(dtype)
+    if weight.order is None:
+        return out
+    turned = torch.empty_like(out)
+    turned[:, weight.order.long()] = out
+    return turned
+
+
+def nibbles(data: Tensor) -> Tensor:
+    """u8 [O, I] of packed i32 [O, I / 8], which lie low bits first."""
+    halves = data.view(torch.uint8)  # [O, I / 2]: two numbers a byte, the lower one first
+    return torch.stack((halves & 0xF, halves >> 4), dim=-1).view(data.shape[0], data.shape[1] * NIBBLES)
