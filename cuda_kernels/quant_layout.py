@@ -18,12 +18,18 @@ from cuda_kernels.quant_weight import BLOCK, NIBBLES, Act, Parts, QuantWeight, S
 
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # nibble that holds column 0, 1, .. 7 of eight
 E4M3_MAX = 448.0
+ONES = 0x11111111  # 1 in each nibble
 HALF = 8  # a symmetric weight of 4 bits is stored with 8 added
 
 
 def plain_weight(scheme: str, act: str, fields: Mapping[str, Tensor], blocks: bool) -> QuantWeight:
-    """fp8 and int8. data: [O, I]; scale: one number, [O], [O, 1], or with `blocks` [O / 128, I / 128], rounded up."""
+    """fp8 and int8. data: [O, I], int8 also i32 [O, I / 4] with 128 added to each byte.
+
+    scale: one number, [O], [O, 1], or with `blocks` [O / 128, I / 128], rounded up.
+    """
     data, scale = fields["data"].contiguous(), fields["scale"].float()
+    if data.dtype == torch.int32:
+        data = (data.view(torch.uint8) ^ 0x80).view(torch.int8)  # less 128, as a signed byte
     if not blocks:
         scale = scale.reshape(-1).expand(data.shape[0])
     fixed = fields["act_scale"].float().reshape(1) if act == "static" else None
@@ -39,8 +45,14 @@ def plain_weight(scheme: str, act: str, fields: Mapping[str, Tensor], blocks: bo
 def nibble_weight(
     layout: str, fields: Mapping[str, Tensor], group: int, zero_bias: int, dtype: torch.dtype
 ) -> QuantWeight:
-    """w4 from the layout "awq", "gptq" or "packed", scales in `dtype`. group: 0 = a row; the rest: see engine/specs."""
+    """w4 from the layout "awq", "gptq" or "packed", scales in `dtype`. group: 0 = a row.
+
+    zero_bias: 1 where zeros are stored less one. It is added to the int32 as a whole: a zero of 0 has borrowed from its
+    neighbours when it was stored, as GPTQModel writes and reads them.
+    """
     data, scale, zeros = fields["data"], fields["scale"], fields.get("zeros")
+    if zeros is not None:
+        zeros = zeros + zero_bias * ONES
     if layout == "awq":  # data [I, O / 8], zeros [G, O / 8], scale [G, O]
         codes = unpack(data, AWQ_PLACES).t()
         offsets = unpack(cast(Tensor, zeros), AWQ_PLACES).t()
@@ -63,7 +75,7 @@ def nibble_weight(
         act="none",
         data=pack(codes),
         scale=scale.to(dtype).contiguous(),
-        zeros=(offsets + zero_bias).to(torch.int8).contiguous(),
+        zeros=offsets.to(torch.int8).contiguous(),
         group=group,
         order=order,
     )

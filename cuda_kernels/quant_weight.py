@@ -40,7 +40,7 @@ class QuantWeight:
     # w4: i32 [O, I / 8], eight nibbles along I, the lowest index in the lowest bits, each 0..15
     scale: Tensor
     # fp8, int8: f32 [O]; fp8_block: f32 [ceil(O / 128), ceil(I / 128)]; w4: x's dtype [O, G], G = I / group
-    zeros: Tensor | None = None  # w4: int8 [O, G], each 0..16; symmetric weights have 8 everywhere
+    zeros: Tensor | None = None  # w4: int8 [O, G], each 0..15; symmetric weights have 8 everywhere
     group: int = 0  # w4: inputs that share a scale and a zero, a multiple of 8 that divides I
     order: Tensor | None = None  # w4 with act order: i32 [I]; column j of data belongs to input order[j]
     act_scale: Tensor | None = None  # act "static": f32 [1]

@@ -63,6 +63,6 @@ def build(quant: WeightQuant | None, fields: dict[str, Tensor], dtype: torch.dty
         return fields[""].to(dtype)
     if quant.at_load:
         return round_to_fp8(fields[""])
-    if quant.layout == "plain":
+    if quant.scheme != "w4":
         return plain_weight(quant.scheme, quant.act, fields, quant.per == "block")
     return nibble_weight(quant.layout, fields, quant.group, quant.zero_bias, dtype)

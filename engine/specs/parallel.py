@@ -33,41 +33,42 @@ def shard_slices(param: ParamSpec, tensor_size: int, tensor_rank: int) -> tuple[
     """The rows and columns of `param` that rank `tensor_rank` of `tensor_size` holds. Raises ConfigError."""
     if not 0 <= tensor_rank < tensor_size:
         raise ConfigError(f"tensor rank: {tensor_rank} is not accepted; expected 0 to {tensor_size - 1}")
-    units = param.units or (1,) * len(param.shape)
+    units, spans = param.units or (1,) * len(param.shape), param.spans or param.shape
     return tuple(
-        shard_range(param, axis, size, unit, (tensor_size, tensor_rank))
-        for axis, size, unit in zip(param.axes, param.shape, units, strict=True)
+        shard_range(param, axis, span, unit, (tensor_size, tensor_rank))
+        for axis, span, unit in zip(param.axes, spans, units, strict=True)
     )
 
 
-def shard_range(param: ParamSpec, axis: str, size: int, unit: int, place: tuple[int, int]) -> slice:
+def shard_range(param: ParamSpec, axis: str, span: int, unit: int, place: tuple[int, int]) -> slice:
     """One axis of one rank. Half-open; empty where a short vocabulary has run out.
 
-    unit: what an index of the axis covers; cuts must be at whole ones. place: (ranks, rank).
+    span: length of the axis, in rows or inputs; unit: how many of them an index covers. place: (ranks, rank).
     """
     ranks, rank = place
     if axis == "vocab":
-        rows = -(-size // ranks)
-        return slice(min(rank * rows, size), min((rank + 1) * rows, size))
+        rows = -(-span // ranks)
+        return cut(param, (min(rank * rows, span), min((rank + 1) * rows, span)), span, unit, ranks)
     if axis not in ("heads", "kv_heads", "ffn"):
-        return slice(0, size)
-    granules = size * unit // param.granule
+        return slice(0, -(-span // unit))
+    granules = span // param.granule
     if axis == "kv_heads" and ranks > granules and ranks % granules == 0:
         head = rank // (ranks // granules)  # neighbours share a head
-        return cut(param, head * param.granule, (head + 1) * param.granule, unit, ranks)
+        return cut(param, (head * param.granule, (head + 1) * param.granule), span, unit, ranks)
     if granules % ranks:
         raise ConfigError(
             f"--tensor-parallel-size: {ranks} does not divide the {granules} {axis} units of {param.name}"
         )
     width = granules // ranks * param.granule
-    return cut(param, rank * width, (rank + 1) * width, unit, ranks)
+    return cut(param, (rank * width, (rank + 1) * width), span, unit, ranks)
 
 
-def cut(param: ParamSpec, start: int, stop: int, unit: int, ranks: int) -> slice:
-    """[start, stop) in indexes of `unit` each. Raises ConfigError where that is no whole number."""
-    if start % unit or stop % unit:
+def cut(param: ParamSpec, part: tuple[int, int], span: int, unit: int, ranks: int) -> slice:
+    """[start, stop) of an axis in indexes of `unit` each. Raises ConfigError where a cut is inside one."""
+    start, stop = part
+    if start % unit or (stop % unit and stop != span):
         raise ConfigError(f"--tensor-parallel-size: {ranks} cuts {param.name} inside {unit} that belong together")
-    return slice(start // unit, stop // unit)
+    return slice(start // unit, -(-stop // unit))
 
 
 def shard_shape(param: ParamSpec, tensor_size: int, tensor_rank: int) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ Layout = Literal["plain", "awq", "gptq", "packed"]
 Act = Literal["none", "token", "block", "static"]
 
 BLOCK = 128  # rows and columns of a block with one scale
-NIBBLES = 8  # weights of 4 bits in an int32
+NIBBLES, BYTES = 8, 4  # weights of 4 and of 8 bits in an int32
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int8": 1, "float8_e4m3": 1}
 
 
@@ -28,7 +28,7 @@ class WeightQuant:
     """How one weight [O, I] is kept.
 
     scheme: fp8 is e4m3; w4 is 4 bits without a sign, less a zero, times a scale, of each group of inputs.
-    layout: plain is [O, I] in the scheme's type; awq and gptq are [.., I, O] packed in int32, packed is [O, I / 8].
+    layout: plain is [O, I] in the scheme's type; awq and gptq are [.., I, O] packed in int32, packed is [O, ..].
     per: what shares a scale. group: inputs of a "group"; 0 where a row is one group.
     act: how activations are rounded before the product (see cuda_kernels/quant_weight.py).
     zero_bias: what is added to a stored zero (gptq writes one less than it means).
@@ -133,6 +133,7 @@ class QuantTensor:
 
 SPREAD = {"fp8": 64.0, "int8": 40.0, "w4": 4.6}
 """Standard deviation of the stored numbers of dummy weights: normals of fp8 and int8, all of 0 .. 15 of w4."""
+BYTE_SPREAD = 73.9  # of all of 0 .. 255
 
 OUT, IN, ONE = Dim(along="out"), Dim(along="in"), Dim(along="one")
 PACKED_OUT, PACKED_IN = Dim(along="out", unit=NIBBLES), Dim(along="in", unit=NIBBLES)
@@ -141,7 +142,9 @@ PACKED_OUT, PACKED_IN = Dim(along="out", unit=NIBBLES), Dim(along="in", unit=NIB
 def quant_tensors(quant: WeightQuant, rows: int, columns: int, where: str) -> tuple[QuantTensor, ...]:
     """The tensors of a weight [rows, columns]. Raises ConfigError naming `where` if the sizes do not fit the form."""
     spread = columns**-0.5 / SPREAD[quant.scheme]  # dummies: weights of 1 / sqrt(I)
-    if quant.layout == "plain":
+    if quant.scheme != "w4":
+        if quant.layout == "packed" and columns % BYTES:
+            raise ConfigError(f"{where}: {columns} inputs are not a multiple of {BYTES}, which an int32 holds")
         return plain_tensors(quant, spread)
     check_nibbles(quant, rows, columns, where)
     return nibble_tensors(quant, columns, spread)
@@ -158,6 +161,10 @@ def plain_tensors(quant: WeightQuant, spread: float) -> tuple[QuantTensor, ...]:
     data = QuantTensor(
         field="data", suffixes=("weight",), dims=(OUT, IN), dtype=dtype, init="codes", value=SPREAD[quant.scheme]
     )
+    if quant.layout == "packed":
+        bytes_in = Dim(along="in", unit=BYTES)
+        data = QuantTensor(field="data", suffixes=("weight_packed",), dims=(OUT, bytes_in), dtype="int32", init="codes")
+        spread *= SPREAD["int8"] / BYTE_SPREAD
     suffixes = ("weight_scale", "weight_scale_inv")
     scale = QuantTensor(field="scale", suffixes=suffixes, dims=dims, dtype="float", flat=True, value=spread)
     if quant.act != "static":

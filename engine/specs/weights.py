@@ -56,7 +56,8 @@ class ParamSpec:
         numbers) | "groups" (the group of each input, value inputs each).
     quant, field: how the weight is kept that this belongs to, and what of it this is; "" = a plain weight.
     dtype: None = the checkpoint's, "float" = any of the float types, else exactly this.
-    units: what an index of each axis covers (8 of packed numbers, a group), () = 1 everywhere.
+    units: what an index of each axis covers (8 of packed numbers, a group), () = 1 everywhere. spans: length of each
+        axis in what it covers, () = the shape; the last unit may reach over it.
     flat: axes of one entry may be left out. optional: may be absent, then it is what `init` says.
     """
 
@@ -70,6 +71,7 @@ class ParamSpec:
     field: str = ""
     dtype: str | None = None
     units: tuple[int, ...] = ()
+    spans: tuple[int, ...] = ()
     value: float = 0.0
     flat: bool = False
     optional: bool = False
@@ -147,6 +149,7 @@ def quant_param(plain: ParamSpec, quant: WeightQuant, tensor: QuantTensor) -> Pa
         field=tensor.field,
         dtype=tensor.dtype,
         units=tuple(dim.unit for dim in tensor.dims),
+        spans=tuple(replace(dim, unit=1).size(*plain.shape) for dim in tensor.dims),
         value=tensor.value,
         flat=tensor.flat,
         optional=tensor.optional,

@@ -58,6 +58,7 @@ class Case:
     overrides: dict[str, Any] = field(default_factory=dict)
     max_model_len: int = 208
     pages: int = 34
+    quantization: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,6 +145,8 @@ class Report:
     waived: int = 0
     wrong: list[str] = field(default_factory=list)  # contradicted tokens, none are accepted
     difference: float = 0.0
+    total: float = 0.0  # of all differences, `compared` of them
+    compared: int = 0
     preemptions: int = 0
     hits: int = 0  # prompt tokens found in the prefix cache
     split: int = 0  # chunks that were not the last of their prompt
@@ -206,7 +209,7 @@ def run_folder(backend: str, case: Case, folder: Path, sizes: Sizes = FULL, refe
 
 def engine_config(backend: str, case: Case) -> EngineConfig:
     return EngineConfig(
-        model=ModelConfig(dtype="float32", max_model_len=case.max_model_len),
+        model=ModelConfig(dtype="float32", max_model_len=case.max_model_len, quantization=case.quantization),
         cache=CacheConfig(block_size=PAGE, num_gpu_blocks_override=case.pages),
         schedule=ScheduleConfig(
             max_num_seqs=MAX_SEQS, max_num_batched_tokens=MAX_TOKENS, long_prefill_token_threshold=MAX_CHUNK
@@ -425,6 +428,8 @@ def note(report: Report, differences: F64) -> None:
     if differences.size:
         largest = float(np.abs(differences).max())
         report.difference = max(report.difference, largest if np.isfinite(largest) else np.inf)
+        report.total += float(np.abs(differences).sum())
+        report.compared += differences.size
 
 
 def check_report(report: Report) -> None:

@@ -170,7 +170,10 @@ def compressed_weight(table: Fields, group: Fields) -> WeightQuant:
     if (kind, width) not in KINDS:
         weights.refuse("num_bits", "8, or 4 with type int" if kind == "int" else "8 (with type float)")
     scheme, layout = KINDS[kind, width]
-    check_format(group if group.has("format") else table, layout)
+    holder = group if group.has("format") else table
+    if scheme == "int8" and holder.values.get("format") == "pack-quantized":
+        layout = "packed"  # four to an int32
+    check_format(holder, layout)
     if weights.values.get("dynamic") not in (None, False):
         weights.refuse("dynamic", "false")
     if scheme == "w4":
@@ -184,7 +187,7 @@ def compressed_weight(table: Fields, group: Fields) -> WeightQuant:
     if strategy == "block" and weights.values.get("block_structure") not in ([BLOCK, BLOCK], f"{BLOCK}x{BLOCK}"):
         weights.refuse("block_structure", f"[{BLOCK}, {BLOCK}]")
     act = compressed_act(group, kind, strategy)
-    return WeightQuant(scheme=scheme, layout="plain", per=strategy, act=act)  # type: ignore[arg-type]  # checked above
+    return WeightQuant(scheme=scheme, layout=layout, per=strategy, act=act)  # type: ignore[arg-type]  # checked above
 
 
 def check_format(holder: Fields, layout: str) -> None:
