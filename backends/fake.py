@@ -113,6 +113,12 @@ class Runner:
         if progress is not None:
             progress("weights", 1, 1)
 
+    def memory_plan(self, config: RunnerConfig) -> dict[str, int]:
+        return {}
+
+    def memory_peak(self) -> int:
+        return 0
+
     def cache_budget_bytes(self) -> int:
         check(self._life == "loaded", f"cache_budget_bytes is asked of a runner that is {self._life}")
         return self.options.memory_bytes

@@ -22,7 +22,7 @@ class ModelConfig:
     load_format: str = "auto"  # auto | safetensors | orbax | dummy
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16 | half
     quantization: str | None = None  # None = as config.json says; fp8 rounds a plain checkpoint at load
-    max_model_len: int | None = None
+    max_model_len: int | None = None  # -1 (auto): the longest whose KV cache fits, at most the model's
     seed: int = 0
     max_logprobs: int = 20
     skip_tokenizer_init: bool = False
@@ -68,4 +68,5 @@ class EngineConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     backend: str = "auto"  # auto | jax | torch | fake
     device: str = "auto"  # auto | cpu | cuda | tpu
+    batch_invariant: bool = False  # a request's tokens and logprobs are bitwise the same alone and in any batch
     log_stats: bool = True

@@ -6,18 +6,21 @@ after it (page counts, from the bytes that the runner says are left). No I/O, no
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from engine.runner import DeviceInfo, RunnerConfig, SamplerLimits
+from engine.runner import Capability, DeviceInfo, RunnerConfig, SamplerLimits
 from engine.specs.arch import ArchSpec
 from engine.specs.cache import CacheLayout, GroupKind, GroupLayout, GroupSpec, PoolLayout, cache_groups
 from engine.specs.families.quantization import at_load
 
 UNIT_TOKENS = 16
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-DTYPE_SPELLINGS = {"half": "float16", "float": "float32"}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8_e4m3": 1}
+DTYPE_SPELLINGS = {"half": "float16", "float": "float32", "fp8": "fp8_e4m3"}
+AUTO = -1  # of --max-model-len
+MOST_INVARIANT_LOGPROBS = 64  # what the kernel of raw logprobs ranks
 
 GIB = 1 << 30
 
@@ -41,10 +44,9 @@ def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolve
     refuse_unsupported(config)
     arch, notes = resolve_quantization(config.model.quantization, arch, device)
     dtype = resolve_dtype(config.model.dtype, arch, device)
-    kv_dtype = dtype if config.cache.kv_cache_dtype == "auto" else config.cache.kv_cache_dtype
-    if kv_dtype not in device.supported_dtypes:
-        accepted = ", ".join(("auto", *device.supported_dtypes))
-        raise ConfigError(f"--kv-cache-dtype: {kv_dtype!r} is not supported on {device.name}; one of {accepted}")
+    kv_dtype = resolve_kv_dtype(config.cache.kv_cache_dtype, dtype, device)
+    if config.batch_invariant:
+        check_invariant(config, arch, device)
     max_model_len = resolve_model_len(config.model.max_model_len, arch)
     seqs, batched = resolve_batch(config, device, max_model_len)
     page = resolve_page(config.cache.block_size, device)
@@ -65,6 +67,7 @@ def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolve
         load_format=config.model.load_format,
         seed=config.model.seed,
         device=config.device,
+        batch_invariant=config.batch_invariant,
     )
     return Resolved(
         runner=runner,
@@ -72,7 +75,7 @@ def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolve
         max_num_seqs=seqs,
         max_num_batched_tokens=batched,
         max_model_len=max_model_len,
-        max_model_len_given=config.model.max_model_len is not None,
+        max_model_len_given=config.model.max_model_len not in (None, AUTO),
         kv_bytes_per_token=sum(g.bytes_per_token(DTYPE_BYTES[kv_dtype]) for g in groups),
         notes=notes,
     )
@@ -135,13 +138,39 @@ def resolve_dtype(name: str, arch: ArchSpec, device: DeviceInfo) -> str:
     return name
 
 
+def resolve_kv_dtype(name: str, dtype: str, device: DeviceInfo) -> str:
+    """auto: that of the activations."""
+    name = dtype if name == "auto" else DTYPE_SPELLINGS.get(name, name)
+    known = (*device.supported_dtypes, *device.kv_dtypes)
+    if name not in known:
+        accepted = ", ".join(("auto", *known))
+        raise ConfigError(f"--kv-cache-dtype: {name!r} is not supported on {device.name}; one of {accepted}")
+    return name
+
+
+def check_invariant(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> None:
+    """Raise ConfigError where --batch-invariant cannot hold."""
+    if Capability.BATCH_INVARIANT not in device.capabilities:
+        raise ConfigError(
+            f"--batch-invariant: not supported by this backend on {device.name}; "
+            "use --backend torch on an NVIDIA GPU with triton installed, or leave it out"
+        )
+    if arch.quant is not None:
+        raise ConfigError("--batch-invariant: not supported with quantised weights yet; leave one of them out")
+    if config.model.max_logprobs > MOST_INVARIANT_LOGPROBS:
+        raise ConfigError(
+            f"--max-logprobs: {config.model.max_logprobs} is not accepted with --batch-invariant; "
+            f"expected at most {MOST_INVARIANT_LOGPROBS}"
+        )
+
+
 def resolve_model_len(given: int | None, arch: ArchSpec) -> int:
     """The model's own length, or a shorter one; a longer one is refused: positions would be out of training."""
-    if given is None:
+    if given is None or given == AUTO:
         return arch.max_position
     if not 1 <= given <= arch.max_position:
         raise ConfigError(
-            f"--max-model-len: {given} is not accepted; expected 1 .. {arch.max_position} (max_position_embeddings)"
+            f"--max-model-len: {given} is not accepted; expected 1 .. {arch.max_position} (the model's own) or auto"
         )
     return given
 
@@ -203,40 +232,35 @@ def powers_to(first: int, last: int, factor: int = 2) -> tuple[int, ...]:
 def plan_cache(config: EngineConfig, resolved: Resolved, budget_bytes: int) -> tuple[CacheLayout, int, tuple[str, ...]]:
     """(layout, max_model_len, notes): page counts from the bytes left for KV.
 
-    The length shrinks to what one request can hold when the user gave none. Raises ConfigError with the numbers
-    when even that is too little, or when the given length does not fit.
+    The length shrinks to the longest that one request can hold when the user gave none. Raises ConfigError with the
+    numbers when even that is too little, or when the given length does not fit.
     """
     runner, groups = resolved.runner, resolved.groups
-    kv_bytes = DTYPE_BYTES[runner.kv_dtype]
     pool_of, pools = share_pools(groups)
     page = runner.page_tokens[0]
-    tokens = [tokens_per_sequence(g, resolved.max_model_len, resolved.max_num_batched_tokens, page) for g in groups]
-    page_bytes = [g.bytes_per_token(kv_bytes) * page for g in pools]
-    need = [0] * len(pools)  # pages of one sequence at full length
-    for i, count in enumerate(tokens):
-        need[pool_of[i]] += -(-count // page)
-    one_sequence = sum(n * b for n, b in zip(need, page_bytes, strict=True))
-    if config.cache.num_gpu_blocks_override is not None:
-        sequences = config.cache.num_gpu_blocks_override / max(need)
-    else:
-        given = config.cache.kv_cache_memory_bytes
-        budget = budget_bytes if given is None else given
-        sequences = (budget - sum(page_bytes)) / one_sequence
-        # more than this could never be in use, twice over for what the prefix cache keeps
-        sequences = min(sequences, 2.0 * resolved.max_num_seqs)
+    page_bytes = [g.bytes_per_token(DTYPE_BYTES[runner.kv_dtype]) * page for g in pools]
+    override, given = config.cache.num_gpu_blocks_override, config.cache.kv_cache_memory_bytes
+    budget = budget_bytes if given is None else given
+
+    def sequences_of(length: int) -> float:
+        """How many sequences of a length fit."""
+        need = pages_of(resolved, length)
+        if override is not None:
+            return override / max(need)
+        return (budget - sum(page_bytes)) / sum(n * b for n, b in zip(need, page_bytes, strict=True))
+
     length, notes = resolved.max_model_len, []
-    if sequences < 1:
-        length = int(resolved.max_model_len * max(0.0, sequences)) // page * page
-        gib = max(0.0, sequences) * one_sequence / GIB
-        fits = (
-            f"{gib:.2f} GiB of KV cache hold {length} tokens, "
-            f"--max-model-len {resolved.max_model_len} needs {one_sequence / GIB:.2f} GiB"
-        )
+    if sequences_of(length) < 1:
+        most = length // page  # the longest length in pages, less one
+        length = page * bisect_left(range(1, most + 1), True, key=lambda pages: sequences_of(pages * page) < 1)
+        fits, remedy = shortage(config, resolved, budget, length)
         if resolved.max_model_len_given or length < page:
-            raise ConfigError(
-                f"{fits}; lower --max-model-len, or raise --gpu-memory-utilization or --kv-cache-memory-bytes"
-            )
+            lower = f"lower --max-model-len to {length}, or " if length >= page else ""
+            raise ConfigError(f"{fits}; {lower}{remedy}")
         notes.append(f"{fits}; the model length is {length}")
+    need, sequences = pages_of(resolved, length), sequences_of(length)
+    if override is None:  # more than this could never be in use, twice over for what the prefix cache keeps
+        sequences = min(sequences, 2.0 * resolved.max_num_seqs)
     layout = CacheLayout(
         groups=tuple(GroupLayout(spec=g, pool=pool_of[i], page_tokens=page) for i, g in enumerate(groups)),
         pools=tuple(
@@ -254,6 +278,38 @@ def plan_cache(config: EngineConfig, resolved: Resolved, budget_bytes: int) -> t
         kv_dtype=runner.kv_dtype,
     )
     return layout, length, tuple(notes)
+
+
+def shortage(config: EngineConfig, resolved: Resolved, budget: int, length: int) -> tuple[str, str]:
+    """(what does not fit, what to raise). length: the longest that fits."""
+    wanted, override = resolved.max_model_len, config.cache.num_gpu_blocks_override
+    if override is not None:
+        need = max(pages_of(resolved, wanted))
+        fits = f"{override} pages of KV cache hold {length} tokens, --max-model-len {wanted} needs {need}"
+        return fits, f"raise --num-gpu-blocks-override to {need}"
+    fits = (
+        f"{budget / GIB:.2f} GiB of KV cache hold {length} tokens, "
+        f"--max-model-len {wanted} needs {kv_bytes_of(resolved, wanted) / GIB:.2f} GiB"
+    )
+    return fits, "raise --gpu-memory-utilization or --kv-cache-memory-bytes"
+
+
+def pages_of(resolved: Resolved, length: int) -> list[int]:
+    """Pages of each pool that one sequence of `length` tokens holds at most."""
+    pool_of, pools = share_pools(resolved.groups)
+    page = resolved.runner.page_tokens[0]
+    need = [0] * len(pools)
+    for pool, group in zip(pool_of, resolved.groups, strict=True):
+        need[pool] += -(-tokens_per_sequence(group, length, resolved.max_num_batched_tokens, page) // page)
+    return need
+
+
+def kv_bytes_of(resolved: Resolved, length: int) -> int:
+    """Bytes of the KV pages of one sequence of `length` tokens, the null pages included."""
+    pools, page = share_pools(resolved.groups)[1], resolved.runner.page_tokens[0]
+    item = DTYPE_BYTES[resolved.runner.kv_dtype]
+    pages = pages_of(resolved, length)
+    return sum((n + 1) * g.bytes_per_token(item) * page for n, g in zip(pages, pools, strict=True))
 
 
 def share_pools(groups: tuple[GroupSpec, ...]) -> tuple[list[int], list[GroupSpec]]:

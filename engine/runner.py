@@ -35,6 +35,7 @@ class Capability(Enum):
     PROMPT_LOGPROBS = "prompt_logprobs"
     REPLICAS = "replicas"  # more than one plan a submit
     POOLING = "pooling"
+    BATCH_INVARIANT = "batch_invariant"  # RunnerConfig.batch_invariant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +52,7 @@ class DeviceInfo:
     page_tokens: int = 64  # the page size that this device's attention likes; a multiple of the unit
     default_dtype: str = "float32"  # what --dtype auto means where the checkpoint says bfloat16 or float16
     supported_dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    kv_dtypes: tuple[str, ...] = ()  # of KV pages, besides supported_dtypes
     quantization: tuple[str, ...] = ()  # values of --quantization whose checkpoints can be loaded
     bucket_style: str = "pow2"  # "pow2": few, coarse shapes (compiled); "exact": any shape, no padding
 
@@ -96,6 +98,7 @@ class RunnerConfig:
     load_format: str = "auto"  # "auto" | "safetensors" | "orbax" | "dummy"
     seed: int = 0  # of dummy weights
     device: str = "auto"
+    batch_invariant: bool = False  # what a row gives depends on nothing but its own sequence, bit by bit
     num_threads: int = 0  # host threads a CPU backend may use, 0 = all
 
 
@@ -105,6 +108,9 @@ class StepHandle(Protocol):
     @property
     def step_id(self) -> int: ...
 
+
+ON_DEMAND = "on_demand"
+"""The part of a memory plan that is allocated when requests ask for it: tables of biases, a sampler's copies."""
 
 Progress = Callable[[str, int, int], None]
 """(phase, done, total): "weights" in bytes, "warm_up" in programs. Called from the runner's own thread."""
@@ -120,6 +126,16 @@ class ModelRunner(Protocol):
 
     def load(self, checkpoint: Path | None, progress: Progress | None = None) -> None:
         """Read the weights (None with load_format "dummy"). Raises CheckpointError."""
+
+    def memory_plan(self, config: RunnerConfig) -> dict[str, int]:
+        """Bytes by purpose that an engine of this configuration takes of one device, the KV cache left out.
+
+        Worked out, nothing is allocated; ON_DEMAND is for what comes on demand. {} where
+        the backend does not plan. Asked after describe, of configurations that may never be used.
+        """
+
+    def memory_peak(self) -> int:
+        """Most bytes that were allocated at once since load, KV pages included; 0 where nobody counts."""
 
     def cache_budget_bytes(self) -> int:
         """Device memory left for KV after weights and the largest step's workspace. Asked after load."""

@@ -28,6 +28,7 @@ LAYERS = (
     {"runner", "opened"},
     {"plan_rules"},
     {"resolve", "features", "metrics"},
+    {"memory"},
     {"kv"},
     {"scheduler"},
     {"executor"},
@@ -75,6 +76,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("imports", "backends/torch/runner.py"): "joins the rooms of backends/torch to the contract",
     ("imports", "backends/torch/gpu.py"): "joins graphs, fused model and kernels to the steps of a GPU",
     ("imports", "backends/jax/programs.py"): "makes programs of what tables, sampler, forward pass and caches define",
+    ("imports", "backends/torch/memory.py"): "counts the bytes of every room of backends/torch, with their own sizes",
     ("imports", "engine/core/start.py"): "the composition root: knows every room once, in the order of a start",
 }
 
@@ -447,6 +449,7 @@ def arguments_of(function: ast.FunctionDef) -> tuple[str, ...]:
 # Files of the twin folders that are no twin -> why.
 UNPAIRED = {
     "torch_models/fused.py": "the twins' own layer in a GPU's fused launches",
+    "torch_models/invariant.py": "the same with one order of sums for every row, by kernels of its own",
     "jax_models/fused.py": "the same for a few tokens on a CPU: a layer is one C++ call",
 }
 

@@ -60,11 +60,16 @@ class FusedDecoder:
         else:
             scores = linear(fused.rms_norm(x, self.final_norm, norm.eps, norm.offset), self.head)
             logits = scores.float() if out is None else out.copy_(scores)
-        if spec.logit_scale != 1.0:
-            logits.mul_(spec.logit_scale)
-        if spec.logit_cap is not None:
-            torch.mul(torch.tanh(logits / spec.logit_cap), spec.logit_cap, out=logits)
-        return logits
+        return capped(logits, spec)
+
+
+def capped(logits: Tensor, spec: arch.ArchSpec) -> Tensor:
+    """The head's last steps, in place. logits: f32 [T, V]."""
+    if spec.logit_scale != 1.0:
+        logits.mul_(spec.logit_scale)
+    if spec.logit_cap is not None:
+        torch.mul(torch.tanh(logits / spec.logit_cap), spec.logit_cap, out=logits)
+    return logits
 
 
 def head_spec(layer: Layer) -> HeadSpec:

@@ -106,6 +106,12 @@ class Runner:
     def load(self, checkpoint: Path | None, progress: Progress | None = None) -> None:
         self._params = load_weights(self._config, checkpoint, self._device, progress)
 
+    def memory_plan(self, config: RunnerConfig) -> dict[str, int]:
+        return {}
+
+    def memory_peak(self) -> int:
+        return 0
+
     def cache_budget_bytes(self) -> int:
         total, free = mesh.memory(self._device)
         workspace = ProgramSet.workspace_bytes(self._config)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from cuda_kernels.dispatch import has_fused_kernels
 from engine.errors import ConfigError
 from engine.runner import Capability, DeviceInfo
 
@@ -22,14 +23,22 @@ def describe(device: torch.device) -> DeviceInfo:
         name=torch.cuda.get_device_name(device) if cuda else "CPU",
         memory_bytes=total,
         free_bytes=free,
-        capabilities=CAPABILITIES,
+        capabilities=CAPABILITIES | {Capability.BATCH_INVARIANT} if has_fused_kernels(device) else CAPABILITIES,
         max_in_flight=2,
         page_tokens=64,
         default_dtype="bfloat16" if cuda else "float32",
         supported_dtypes=("float32", "bfloat16", "float16") if cuda else ("float32", "bfloat16"),
+        kv_dtypes=("fp8_e4m3",) if has_fp8_pages(device) else (),
         quantization=("fp8", "compressed-tensors", "awq", "gptq"),
         bucket_style="exact",
     )
+
+
+def has_fp8_pages(device: torch.device) -> bool:
+    """Whether the attention kernels take pages of e4m3: they need triton, and a GPU that knows the type."""
+    if not has_fused_kernels(device):
+        return False
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def memory(device: torch.device) -> tuple[int, int]:

@@ -35,8 +35,14 @@ class GpuSteps(EagerSteps):
     def __init__(self, loaded: Loaded) -> None:
         super().__init__(loaded)
         compiles.begin()
-        self._fused = FusedDecoder(loaded.decoder)
-        self._graphs = DecodeGraphs(loaded, self._fused)
+        self._fused = self.make_decoder(loaded)
+        self._graphs = self.make_graphs(loaded)
+
+    def make_decoder(self, loaded: Loaded) -> FusedDecoder:
+        return FusedDecoder(loaded.decoder)
+
+    def make_graphs(self, loaded: Loaded) -> DecodeGraphs:
+        return DecodeGraphs(loaded, self._fused)
 
     def warm_up(self, progress: Progress | None = None) -> None:
         """Capture the decode steps, then run one other step of each size class: every kernel is compiled here."""

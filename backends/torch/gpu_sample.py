@@ -16,9 +16,22 @@ from cuda_kernels import sampler, sampling
 from cuda_kernels import score as scoring
 from engine.opened import Use
 
+PIECE_BYTES = 64 << 20  # of logits that processors copy at a time: what memory.py counts on
+DRAWN = Use.RANDOM | Use.MIN_P | Use.TOP_K | Use.TOP_P | Use.LOGPROBS  # the kernels', without a copy
+
 
 def pick(logits: Tensor, slots: Tensor, mask: Tensor | None, tables: Tables, uses: Use) -> Tensor:
     """Token ids i64 [L]. logits: f32 [L, V]; slots: i64 [L]; mask: bool [L, V]."""
+    rows = max(1, PIECE_BYTES // (4 * logits.shape[1]))
+    if len(logits) <= rows or not uses & ~DRAWN:
+        return pick_piece(logits, slots, mask, tables, uses)
+    masks = [None] * len(logits) if mask is None else mask.split(rows)
+    pieces = zip(logits.split(rows), slots.split(rows), masks, strict=False)
+    return torch.cat([pick_piece(*piece, tables, uses) for piece in pieces])
+
+
+def pick_piece(logits: Tensor, slots: Tensor, mask: Tensor | None, tables: Tables, uses: Use) -> Tensor:
+    """The same of few rows."""
     x = plain.processed(logits, slots, mask, tables, uses)
     return draw(x, slots, tables) if Use.RANDOM in uses else sampling.argmax(x)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +21,10 @@ from backends.torch.step import Loaded
 from cuda_kernels import attention_decode
 from cuda_kernels.gpu_attention import GpuWork
 from cuda_kernels.sampling import end_decode, scan
-from cuda_kernels.step_begin import begin_decode
+from cuda_kernels.step_begin import DecodeStart, begin_decode
 from engine.runner import Progress
 from engine.step import StepPlan
-from torch_models.fused import FusedDecoder
+from torch_models.fused import FusedDecoder, Turns
 
 SLOTS, COMPUTED, TOKENS, DELTAS = 0, 1, 2, 3  # rows of the input buffer; from DELTAS on three a group
 
@@ -53,11 +54,28 @@ class DecodeGraphs:
         self._turn = self._answer = 0
         self.logits = torch.empty(largest, config.arch.vocab_size, dtype=torch.float32, device=device)
         self.bad = torch.zeros(largest, dtype=torch.int32, device=device)  # 1: the row's id was outside the vocabulary
-        heads = max(layer.mixer.num_heads for layer in config.arch.layers)
-        size = max(layer.mixer.head_size for layer in config.arch.layers)
-        self.workspace = attention_decode.make_workspace(largest, heads, size, device)
+        self.workspace = self.make_workspace(largest)
         self._forwards: dict[int, Callable[[], None]] = {}
         self._endings: dict[int, Callable[[], None]] = {}
+
+    # what a room with other kernels does in its own way
+
+    def make_workspace(self, rows: int) -> Any:
+        """Scratch of the attention of steps of up to `rows` rows."""
+        mixers = [layer.mixer for layer in self._loaded.config.arch.layers]
+        heads, size = max(mixer.num_heads for mixer in mixers), max(mixer.head_size for mixer in mixers)
+        return attention_decode.make_workspace(rows, heads, size, self._loaded.tables.device)
+
+    def turns(self, begun: DecodeStart) -> Turns:
+        """cos and sin of each kind of rope."""
+        return {None: (None, None), **dict(zip(self._fused.frequencies, begun.turns, strict=True))}
+
+    def works(self, begun: DecodeStart, slots: Tensor) -> list[GpuWork]:
+        """The attention work of each group. slots: i32 [S]."""
+        return [
+            GpuWork(page_table=pages, slots=slots, lengths=begun.lengths, workspace=self.workspace)
+            for pages in self._loaded.tables.pages
+        ]
 
     def capture(self, progress: Progress | None = None) -> None:
         pool = None
@@ -148,12 +166,8 @@ class DecodeGraphs:
             deltas,
             self.bad[:size],
         )
-        turns = {None: (None, None), **dict(zip(ropes, begun.turns, strict=True))}
-        works = [
-            GpuWork(page_table=pages, slots=lines[SLOTS], lengths=begun.lengths, workspace=self.workspace)
-            for pages in tables.pages
-        ]
-        x = self._fused.run(begun.x, turns, loaded.caches, loaded.places, works)
+        works = self.works(begun, lines[SLOTS])
+        x = self._fused.run(begun.x, self.turns(begun), loaded.caches, loaded.places, works)
         self._fused.logits(x, out=self.logits[:size])
 
     def _end(self, size: int) -> None:

@@ -22,7 +22,7 @@ from backends.torch.eager import SCORE_BYTES, EagerSteps
 from backends.torch.results import read_result
 from backends.torch.step import Loaded, Step
 from backends.torch.tables import Tables
-from backends.torch.weights import DTYPES, load_params
+from backends.torch.weights import KV_DTYPES, load_params
 from cuda_kernels.dispatch import cache_shape, has_fused_kernels
 from engine.errors import ConfigError, StepFailed, check, fail
 from engine.opened import Use, is_poisoned, row_uses
@@ -61,6 +61,7 @@ class Runner:
                 raise ConfigError(f"{name}: {value} is not supported by the torch backend yet; expected {only}")
         self._config = config
         self._device = devices.choose_device(config.device)
+        self._free_bytes = devices.memory(self._device)[1]
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         if self._device.type == "cpu":
@@ -81,8 +82,29 @@ class Runner:
         params = load_params(config.arch, stream, config.dtype, self._device)
         self._decoder = Decoder(config.arch, params, config.max_model_len).eval()
 
+    def memory_plan(self, config: RunnerConfig) -> dict[str, int]:
+        device = devices.choose_device(config.device)
+        if device.type != "cuda" or not has_fused_kernels(device):
+            return {}
+        from backends.torch import memory  # needs triton
+
+        return memory.plan(config, torch.cuda.get_device_properties(device).multi_processor_count)
+
+    def memory_peak(self) -> int:
+        if self._device.type != "cuda":
+            return 0
+        torch.cuda.synchronize()
+        gone = self._free_bytes - devices.memory(self._device)[1]
+        driver = gone - torch.cuda.memory_reserved(self._device)  # kernels and graphs, and what other processes took
+        return torch.cuda.max_memory_allocated(self._device) + max(0, driver)
+
     def cache_budget_bytes(self) -> int:
-        free = devices.memory(self._device)[1] - self._workspace_bytes()
+        free = devices.memory(self._device)[1]
+        planned = self.memory_plan(self._config)
+        if planned:
+            free += torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+            return max(0, free - sum(planned.values()) + planned["weights"])
+        free -= self._workspace_bytes()
         if self._device.type == "cpu":
             free = min(free // devices.HOST_SHARE, CPU_CACHE_BYTES)
         return max(0, free)
@@ -108,7 +130,7 @@ class Runner:
                 cache_shape(
                     pool.num_layers, pool.num_pages, pool.page_tokens, pool.num_kv_heads, pool.head_size, fused
                 ),
-                dtype=DTYPES[config.kv_dtype],
+                dtype=KV_DTYPES[config.kv_dtype],
                 device=self._device,
             )
             for pool in layout.pools
@@ -131,6 +153,10 @@ class Runner:
         self._work = self._room(loaded) if fused else EagerSteps(loaded)
 
     def _room(self, loaded: Loaded) -> EagerSteps:
+        if self._config.batch_invariant:
+            from backends.torch.invariant import InvariantSteps  # needs triton
+
+            return InvariantSteps(loaded)
         from backends.torch.gpu import GpuSteps  # needs triton
 
         return GpuSteps(loaded)

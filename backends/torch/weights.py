@@ -28,6 +28,7 @@ FUSED = {
 FUSED_INTO = {part: stored for stored, parts in FUSED.items() for part in parts}
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KV_DTYPES = DTYPES | {"fp8_e4m3": torch.float8_e4m3fn}
 BITS = {"bfloat16": ("int16", torch.bfloat16), "float8_e4m3": ("int8", torch.float8_e4m3fn)}
 """Types that numpy has not: what their bits come as, and what they are."""
 

@@ -120,6 +120,7 @@ class CoreReady(msgspec.Struct, tag="ready", array_like=True):
     dtype: str
     startup_s: dict[str, float]  # phase -> seconds
     backend_reason: str = ""  # why this backend was chosen
+    memory: dict[str, int] = {}  # bytes by purpose as planned, kv_cache and the allocator's peak; {} where not planned
     notes: list[str] = []  # lines worth telling the user
 
 

@@ -6,6 +6,7 @@ runner's life and times it.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from engine.config import EngineConfig
 from engine.core.loop import CoreLoop
 from engine.core.messages import CoreReady
 from engine.executor.base import SameProcess
+from engine.memory import MemoryPlan, check_pages, plan_memory, report
 from engine.resolve import Resolved, plan_cache, resolve
 from engine.runner import DeviceInfo, ModelRunner, Placement, Progress, load_runner
 from engine.scheduler.config import SchedulerConfig
@@ -23,6 +25,8 @@ from engine.scheduler.scheduler import Scheduler
 from engine.specs.cache import CacheLayout
 from engine.specs.checkpoint import read_config
 from engine.specs.families import parse_config
+
+log = logging.getLogger("twinfer.core")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +81,15 @@ def start_core(config: EngineConfig, model_path: Path, progress: Progress | None
     phases.done("import")
     device = runner.describe(config.device)
     resolved = resolve(config, arch, device)
+    plan = plan_memory(config, resolved, device, runner.memory_plan)
     runner.configure(resolved.runner, Placement())
     phases.done("configure")
     runner.load(None if config.model.load_format == "dummy" else model_path, progress)
     phases.done("load")
-    budget = kv_budget(config, device, runner)
+    budget = kv_budget(config, device, runner, plan)
     layout, max_model_len, notes = plan_cache(config, resolved, budget)
+    if plan is not None:
+        check_pages(config, plan, layout)
     runner.allocate_cache(layout)
     phases.done("allocate")
     runner.warm_up(progress)
@@ -93,15 +100,22 @@ def start_core(config: EngineConfig, model_path: Path, progress: Progress | None
     facts.backend, facts.backend_reason = backend.name, backend.reason
     facts.notes = [*resolved.notes, *notes]
     facts.startup_s = phases.seconds
+    if plan is not None:
+        kv_bytes = sum(pool.num_pages * pool.page_bytes for pool in layout.pools)
+        peak = runner.memory_peak()
+        facts.memory = {**plan.parts, "kv_cache": kv_bytes, "peak": peak}
+        log.info("%s", report(plan, kv_bytes, peak))
     return loop, facts
 
 
-def kv_budget(config: EngineConfig, device: DeviceInfo, runner: ModelRunner) -> int:
-    """Bytes for the KV pool: what is left, less the share of an accelerator that the user keeps back.
+def kv_budget(config: EngineConfig, device: DeviceInfo, runner: ModelRunner, plan: MemoryPlan | None) -> int:
+    """Bytes for the KV pool: as planned, or less if other processes have grown since; without a plan what is left.
 
     A CPU runner names a modest share of the host's memory by itself: the host is not the engine's alone.
     """
     left = runner.cache_budget_bytes()
+    if plan is not None:
+        return min(left, plan.kv_bytes)
     if device.kind in ("gpu", "tpu"):
         left -= int((1 - config.cache.gpu_memory_utilization) * device.memory_bytes)
     return max(0, left)

@@ -13,7 +13,8 @@ HELP: dict[str, str] = {
     "load_format": "How weights are read; dummy makes random ones.",
     "dtype": "Number type of weights and activations.",
     "quantization": "How weights are kept (default: as config.json says); fp8 rounds plain weights at load.",
-    "max_model_len": "Most tokens of a request, prompt and output together (default: the model's own length).",
+    "max_model_len": "Most tokens of a request, prompt and output together, or auto: the longest whose KV cache fits, "
+    "at most the model's own length (default: auto, and a note where it is shorter).",
     "seed": "Seed of dummy weights.",
     "max_logprobs": "Most logprobs a request may ask for.",
     "skip_tokenizer_init": "Serve token ids only: no text in, no text out.",
@@ -27,7 +28,7 @@ HELP: dict[str, str] = {
     "kv_cache_memory_bytes": "Bytes for the KV cache, instead of what is left.",
     "num_gpu_blocks_override": "Number of KV pages, instead of what fits.",
     "enable_prefix_caching": "Reuse KV pages of equal prefixes.",
-    "kv_cache_dtype": "Number type of the KV cache; auto = that of the model.",
+    "kv_cache_dtype": "Number type of the KV cache; auto = that of the model; fp8 = fp8_e4m3, half the bytes.",
     # schedule
     "max_num_seqs": "Most sequences in one step.",
     "max_num_batched_tokens": "Most tokens in one step.",
@@ -41,6 +42,7 @@ HELP: dict[str, str] = {
     # engine
     "backend": "Framework that runs the model; auto: TPU -> jax, NVIDIA GPU with torch -> torch, else jax.",
     "device": "Kind of device.",
+    "batch_invariant": "Bitwise the same tokens and logprobs alone and in any batch, chunked or cached; slower.",
     "log_stats": "Log throughput and cache use now and then.",
     # server
     "host": "Address to listen on. Others than loopback need --api-key or --insecure-no-auth.",
@@ -65,7 +67,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "load_format": ("auto", "safetensors", "orbax", "dummy"),
     "dtype": ("auto", "float32", "bfloat16", "float16", "half", "float"),
     "quantization": ("fp8", "compressed-tensors", "awq", "gptq"),
-    "kv_cache_dtype": ("auto", "float32", "bfloat16", "float16"),
+    "kv_cache_dtype": ("auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3"),
     "scheduling_policy": ("fcfs", "priority"),
     "backend": ("auto", "jax", "torch", "fake"),
     "device": ("auto", "cpu", "cuda", "gpu", "tpu"),
@@ -79,6 +81,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 
 HUMAN_NUMBERS = frozenset({"max_model_len", "max_num_batched_tokens", "kv_cache_memory_bytes"})
+AUTO_NUMBERS = {"max_model_len": -1}
+"""Numbers that may be the word auto, and what that stands for."""
 
 # Well-known flags of vLLM that are not here: flag -> what to do.
 UNSUPPORTED: dict[str, str] = {

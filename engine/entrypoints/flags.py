@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from engine.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, ScheduleConfig
-from engine.entrypoints.flag_texts import ALIASES, CHOICES, HELP, HUMAN_NUMBERS, UNSUPPORTED
+from engine.entrypoints.flag_texts import ALIASES, AUTO_NUMBERS, CHOICES, HELP, HUMAN_NUMBERS, UNSUPPORTED
 from engine.entrypoints.settings import ServerSettings
 from engine.errors import StartupError
 
@@ -47,6 +47,8 @@ class Flag:
         """A command-line word as a value. Raises UsageError."""
         if self.kind is str or self.kind is list:
             return self.check_choice(text)
+        if text == "auto" and self.name in AUTO_NUMBERS:
+            return AUTO_NUMBERS[self.name]
         try:
             if self.kind is int:
                 return human_int(text) if self.name in HUMAN_NUMBERS else int(text)
@@ -54,7 +56,7 @@ class Flag:
         except ValueError:
             noun = "an integer" if self.kind is int else "a number"
             if self.name in HUMAN_NUMBERS:
-                noun += " such as 4096, 4k (4000) or 4K (4096)"
+                noun += " such as 4096, 4k (4000) or 4K (4096)" + (" or auto" if self.name in AUTO_NUMBERS else "")
             raise UsageError(f"{self.option}: {text!r} is not accepted; expected {noun}") from None
 
     def from_yaml(self, value: Any) -> Any:

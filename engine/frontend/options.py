@@ -39,6 +39,8 @@ def engine_config(options: dict[str, Any]) -> EngineConfig:
     for name, value in options.items():
         if name == "served_model_name" and isinstance(value, str):
             value = (value,)
+        if name == "max_model_len" and value == "auto":
+            value = -1
         if name in names:
             part = replace(getattr(config, names[name]), **{name: value})
             config = replace(config, **{names[name]: part})
