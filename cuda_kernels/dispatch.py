@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from cuda_kernels import cpu_decode, cpu_linear, cpu_norm, quant_reference
 from cuda_kernels import paged_attention as plain
-from cuda_kernels.quant_weight import Parts, QuantWeight, Weight
+from cuda_kernels.quant_weight import Parts, QuantWeight, Weight, WideWeight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,12 +47,17 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     return (cpu_linear if x.device.type == "cpu" else functional).linear(x, weight, bias)
 
 
-def quant_linear(x: Tensor, weight: QuantWeight | Parts, bias: Tensor | None) -> Tensor:
+def quant_linear(x: Tensor, weight: QuantWeight | Parts | WideWeight, bias: Tensor | None) -> Tensor:
     """The same against a weight in few bits."""
+    if isinstance(weight, QuantWeight):
+        return quant_reference.linear(x, weight, bias)
     if isinstance(weight, Parts):
         out = torch.cat([linear(x, part) for part in weight.parts], dim=-1)
-        return out if bias is None else out + bias
-    return quant_reference.linear(x, weight, bias)
+    else:
+        codes, scale = quant_reference.wide_input(x, weight)
+        out = cpu_linear.linear(codes, weight.data, None)
+        out = out if scale is None else (out * scale).to(x.dtype)
+    return out if bias is None else out + bias
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -61,14 +66,15 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def settle(weight: Weight, dtype: torch.dtype) -> Weight:
-    """The same of any weight, [O, I]. dtype: of x. On a CPU what leaves x as it is becomes a plain weight again."""
+    """The same of any weight, [O, I]. dtype: of x. A CPU has fast products of int8 and of x's own dtype only."""
     if isinstance(weight, Tensor):
         return pack(weight)
     if isinstance(weight, Parts):
-        return Parts(tuple(cast(QuantWeight | Tensor, settle(part, dtype)) for part in weight.parts))
-    if weight.act != "none" or weight.device.type != "cpu" or has_fused_kernels(weight.device):
+        return Parts(tuple(cast(QuantWeight | WideWeight | Tensor, settle(part, dtype)) for part in weight.parts))
+    on_cpu = weight.data.device.type == "cpu" and not has_fused_kernels(weight.data.device)
+    if isinstance(weight, WideWeight) or not on_cpu or (weight.scheme == "int8" and weight.act != "none"):
         return weight
-    return pack(quant_reference.dequantised(weight, dtype))
+    return quant_reference.widened(weight, dtype, cpu_linear.pack)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -81,7 +81,7 @@ class QuantWeight:
 class Parts:
     """Rows of one product that are kept differently (q in 4 bits, k as it was; other input orders), top to bottom."""
 
-    parts: tuple[QuantWeight | Tensor, ...]  # each [O_i, I]
+    parts: tuple[QuantWeight | WideWeight | Tensor, ...]  # each [O_i, I]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -89,5 +89,16 @@ class Parts:
         return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
 
 
-Weight = Tensor | QuantWeight | Parts
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class WideWeight:
+    """fp8 as a CPU multiplies it: its numbers in x's dtype ("block": times scale), x still rounded as `act` says."""
+
+    act: Act
+    data: Tensor  # [O, I] of x's dtype, as cpu_linear packs it
+    scale: Tensor | None  # f32 [O]; act "block": None
+    act_scale: Tensor | None  # f32 [1], act "static"
+    shape: tuple[int, int]  # (O, I)
+
+
+Weight = Tensor | QuantWeight | Parts | WideWeight
 """What a product takes as its weight."""

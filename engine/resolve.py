@@ -122,8 +122,8 @@ def resolve_quantization(name: str | None, arch: ArchSpec, device: DeviceInfo) -
         where = "--quantization" if found is None else "config.json: quantization_config"
         raise ConfigError(f"{where}: {method!r} is not supported by this backend on {device.name}; use --backend torch")
     rules = () if arch.quant is None else arch.quant.rules
-    if device.kind == "cpu" and any(quant.act == "none" for _, quant in rules):
-        return arch, ("on a CPU weights without rounded activations are kept unpacked, as large as plain ones",)
+    if device.kind == "cpu" and any(quant.scheme != "int8" or quant.act == "none" for _, quant in rules):
+        return arch, (f"on a CPU weights of {method} are kept in the activations' type, as large as plain ones",)
     return arch, ()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cuda_kernels import dispatch
 from cuda_kernels.quant_layout import input_order, joined, nibble_weight, pack, plain_weight, round_to_fp8, unpack
-from cuda_kernels.quant_reference import dequantised, linear, rounded, rounded_blocks
+from cuda_kernels.quant_reference import dequantised, linear, rounded_blocks, rounded_fp8
 from cuda_kernels.quant_weight import Parts, QuantWeight
 
 GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "packed.safetensors")
@@ -124,6 +124,20 @@ def test_joined(parts: list[QuantWeight | Tensor], whole: bool) -> None:
     torch.testing.assert_close(dispatch.linear(x, settled, bias), wanted, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype,atol", [(torch.float32, 1e-4), (torch.bfloat16, 0.3)])
+@pytest.mark.parametrize("act", ["token", "static", "block", "none"])
+def test_what_a_cpu_makes_of_fp8(act: str, dtype: torch.dtype, atol: float) -> None:
+    """The numbers in x's own dtype: no difference in float32 but the order of sums, one rounding more in bfloat16."""
+    weight = fp8(64, blocks=act == "block", act=act, act_scale=0.01)
+    settled = dispatch.settle(weight, dtype)
+    assert not isinstance(settled, QuantWeight) and settled.shape == (64, 192)
+    x = torch.randn(7, 192, generator=torch.Generator().manual_seed(8)).to(dtype)
+    bias = torch.randn(64, dtype=dtype)
+    wanted = linear(x, weight, bias)
+    assert dispatch.linear(x, settled, bias).dtype == dtype
+    torch.testing.assert_close(dispatch.linear(x, settled, bias), wanted, atol=atol, rtol=0.01 if atol > 0.1 else 1e-5)
+
+
 def test_rounding_at_load_is_by_row() -> None:
     """Each row's largest number is 448 steps; the error of each number is at most half a step of e4m3 there."""
     plain = torch.randn(48, 64, generator=torch.Generator().manual_seed(3)) * torch.logspace(-3, 3, 48)[:, None]
@@ -140,7 +154,8 @@ def test_activations_are_rounded_by_row() -> None:
     weight = fp8(64)
     x = torch.randn(6, 192, generator=torch.Generator().manual_seed(4)) * torch.logspace(-4, 4, 6)[:, None]
     x[2] = 0
-    codes, scale = rounded(x, weight)
+    codes, scale = rounded_fp8(x, None)
+    codes = codes.float()
     assert torch.equal(codes.abs().amax(1) > 447, torch.arange(6) != 2)
     assert torch.equal(codes[2], torch.zeros(192)) and scale.shape == (6, 1)
     alone = torch.cat([linear(row[None], weight) for row in x])
@@ -152,9 +167,8 @@ def test_activations_are_rounded_by_row() -> None:
 
 
 def test_static_scales_saturate() -> None:
-    weight = fp8(16, act="static", act_scale=0.01)
-    codes, _ = rounded(torch.tensor([[100.0, -100.0, 0.02]]), weight)
-    assert codes.tolist()[0][:2] == [448.0, -448.0]
+    codes, _ = rounded_fp8(torch.tensor([[100.0, -100.0, 0.02]]), torch.tensor([0.01]))
+    assert codes.float().tolist()[0][:2] == [448.0, -448.0]
 
 
 def test_int8_sums_are_exact() -> None:

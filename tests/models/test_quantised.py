@@ -23,7 +23,7 @@ from torch import Tensor
 from backends.torch.weights import load_params
 from cuda_kernels.dispatch import linear
 from cuda_kernels.quant_reference import dequantised
-from cuda_kernels.quant_weight import Parts, Weight
+from cuda_kernels.quant_weight import Parts, QuantWeight, Weight
 from engine.core.start import start_core
 from engine.errors import ConfigError
 from engine.specs.checkpoint import read_config, stream_params
@@ -205,19 +205,25 @@ def test_fp8_blocks_as_transformers_reads_them(tmp_path: Path) -> None:
     params = our_params(folder)
     for layer, same, ours in zip(theirs.model.layers, twin.model.layers, params["layers"], strict=True):
         down, gate_up = ours["down"], ours["gate_up"]
-        assert (down.scheme, down.act) == ("fp8_block", "block")
+        assert down.act == "block"
         wanted = torch.cat((layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight))
         torch.testing.assert_close(all_rows(gate_up), wanted.float())
-        torch.testing.assert_close(dequantised(down, torch.float32), layer.mlp.down_proj.weight.float())
-        torch.testing.assert_close(dequantised(down, torch.float32), same.mlp.down_proj.weight)
+        torch.testing.assert_close(all_rows(down), layer.mlp.down_proj.weight.float())
+        torch.testing.assert_close(all_rows(down), same.mlp.down_proj.weight)
         attention = layer.self_attn
         heads = torch.cat((attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight))
         torch.testing.assert_close(all_rows(ours["qkv"]), heads.float())
 
 
 def all_rows(weight: Weight) -> Tensor:
-    parts = weight.parts if isinstance(weight, Parts) else (weight,)
-    return torch.cat([part if isinstance(part, Tensor) else dequantised(part, torch.float32) for part in parts])
+    """The weight that is meant, f32 [O, I]."""
+    if isinstance(weight, Parts):
+        return torch.cat([all_rows(part) for part in weight.parts])
+    if isinstance(weight, QuantWeight):
+        return dequantised(weight, torch.float32)
+    if isinstance(weight, Tensor) or weight.scale is None:
+        return weight if isinstance(weight, Tensor) else weight.data
+    return weight.data * weight.scale[:, None]
 
 
 def test_fp8_at_load(tmp_path: Path) -> None:
@@ -286,4 +292,4 @@ def test_flag_and_checkpoint_must_agree(tmp_path: Path) -> None:
             start_core(settings, folder)
     loop, facts = start_core(engine_config("torch", Case(name="", family="llama", quantization="awq")), packed)
     loop.shutdown()
-    assert any("unpacked" in note for note in facts.notes)
+    assert any("as large as plain" in note for note in facts.notes)
