@@ -8,8 +8,8 @@ import pytest
 
 from engine.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, ScheduleConfig
 from engine.errors import ConfigError
-from engine.resolve import GIB, plan_cache, powers_to, resolve
-from engine.runner import DeviceInfo
+from engine.resolve import GIB, kv_bytes_of, plan_cache, powers_to, resolve
+from engine.runner import Capability, DeviceInfo
 from engine.specs.arch import ArchSpec, Attention, GatedFfn, LayerSpec, Norms, RopeSpec
 
 CPU = DeviceInfo(kind="cpu", name="cpu", memory_bytes=8 * GIB, free_bytes=8 * GIB, capabilities=frozenset())
@@ -91,6 +91,52 @@ def test_a_short_budget_shrinks_the_length_only_when_none_was_given() -> None:
     given = replace(config, model=ModelConfig(max_model_len=2048))
     with pytest.raises(ConfigError, match="lower --max-model-len"):
         plan_cache(given, resolve(given, arch(), CPU), 2 << 20)
+
+
+@pytest.mark.parametrize("windows", [(None, None), (128, None), (128, 128, None)])
+def test_the_length_that_auto_finds_is_the_longest(windows: tuple[int | None, ...]) -> None:
+    model = arch(windows, max_position=16384)
+    config = EngineConfig(model=ModelConfig(max_model_len=-1), schedule=ScheduleConfig(max_num_batched_tokens=64))
+    resolved = resolve(config, model, CPU)
+    assert resolved.max_model_len == 16384
+    for budget in (1 << 20, 3 << 20, 5 << 20):
+        _, length, notes = plan_cache(config, resolved, budget)
+        assert length < 16384 and f"the model length is {length}" in notes[0]
+        page = resolved.runner.page_tokens[0]
+        assert kv_bytes_of(resolved, length) <= budget < kv_bytes_of(resolved, length + page)
+        given = replace(config, model=ModelConfig(max_model_len=length))
+        assert plan_cache(given, resolve(given, model, CPU), budget)[1:] == (length, ())
+        more = replace(config, model=ModelConfig(max_model_len=length + page))
+        with pytest.raises(ConfigError, match=f"lower --max-model-len to {length}, or raise"):
+            plan_cache(more, resolve(more, model, CPU), budget)
+    _, length, notes = plan_cache(config, resolved, 1 << 30)
+    assert (length, notes) == (16384, ())
+
+
+def test_pages_of_eight_bits_are_half_as_large() -> None:
+    gpu = replace(CPU, kv_dtypes=("fp8_e4m3",), supported_dtypes=("float32", "bfloat16"), default_dtype="bfloat16")
+    wide = resolve(EngineConfig(), arch(), gpu)
+    for name in ("fp8", "fp8_e4m3"):
+        config = EngineConfig(cache=CacheConfig(kv_cache_dtype=name))
+        small = resolve(config, arch(), gpu)
+        assert small.runner.kv_dtype == "fp8_e4m3" and small.runner.dtype == "bfloat16"
+        assert 2 * small.kv_bytes_per_token == wide.kv_bytes_per_token
+        pages, _, _ = plan_cache(config, small, 4 << 20)
+        other, _, _ = plan_cache(EngineConfig(), wide, 4 << 20)
+        assert pages.kv_dtype == "fp8_e4m3" and pages.pools[0].num_pages >= 2 * other.pools[0].num_pages - 2
+    with pytest.raises(ConfigError, match="--kv-cache-dtype: 'fp8_e4m3' is not supported on cpu; one of auto, float32"):
+        resolve(EngineConfig(cache=CacheConfig(kv_cache_dtype="fp8")), arch(), CPU)
+
+
+def test_batch_invariant_needs_a_backend_that_can() -> None:
+    config = EngineConfig(batch_invariant=True)
+    with pytest.raises(ConfigError, match=r"--batch-invariant: not supported .*--backend torch"):
+        resolve(config, arch(), CPU)
+    able = replace(CPU, capabilities=frozenset({Capability.BATCH_INVARIANT}))
+    assert resolve(config, arch(), able).runner.batch_invariant
+    assert not resolve(EngineConfig(), arch(), able).runner.batch_invariant
+    with pytest.raises(ConfigError, match=r"--max-logprobs: 100 .* at most 64"):
+        resolve(replace(config, model=ModelConfig(max_logprobs=100)), arch(), able)
 
 
 @pytest.mark.parametrize(

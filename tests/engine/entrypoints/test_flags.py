@@ -102,7 +102,8 @@ def test_bad_config_files(tmp_path: Path, text: str, match: str) -> None:
     [
         (["--prot", "1"], "unknown option --prot; did you mean '--port'"),
         (["--port", "x"], "--port: 'x' is not accepted; expected an integer"),
-        (["--max-model-len", "4q"], "such as 4096, 4k"),
+        (["--max-model-len", "4q"], "such as 4096, 4k .* or auto"),
+        (["--max-num-batched-tokens", "auto"], "expected an integer such as 4096"),
         (["--backend", "jaxx"], "did you mean 'jax'"),
         (["--quantization", "fp4"], "--quantization: 'fp4' .*fp8"),
         (["--enable-lora", "true"], "--enable-lora: not supported"),
@@ -129,6 +130,13 @@ def test_vllm_spellings() -> None:
     assert values["served_model_name"] == ["a", "b"]
     assert values["max_model_len"] == 2048
     assert human_int("1.5g") == 1_500_000_000
+    for words in (["--max-model-len", "auto"], ["--max-model-len", "-1"], ["--max-model-len=-1"]):
+        assert build_engine_config(values_of(*words)).model.max_model_len == -1
+    assert (
+        build_engine_config(values_of("--max-model-len", "32k", "--kv-cache-dtype", "fp8")).model.max_model_len
+        == 32_000
+    )
+    assert build_engine_config(values_of("--batch-invariant")).batch_invariant
 
 
 def test_errors_are_one_line_with_a_status(capsys: pytest.CaptureFixture[str]) -> None:
