@@ -14,14 +14,14 @@ from math import prod
 from backends.torch.eager import SCORE_BYTES
 from backends.torch.gpu_sample import PIECE_BYTES
 from backends.torch.graphs import capture_sizes
+from backends.torch.quant_weights import kept_sizes
 from backends.torch.weights import storage, stored_name
 from cuda_kernels import attention_decode, invariant_attention, sampler, score, small_linear
 from cuda_kernels.candidates import SPAN
 from engine.runner import ON_DEMAND, RunnerConfig
 from engine.specs.arch import ArchSpec, LayerSpec
 from engine.specs.cache import cache_groups
-from engine.specs.quant import ITEM_BYTES
-from engine.specs.weights import DTYPE_BYTES, param_table
+from engine.specs.weights import DTYPE_BYTES
 
 MIB = 1 << 20
 SMALL, LARGE_STEP = MIB, 2 * MIB  # torch's allocator: larger blocks may keep up to a MiB that nobody asked for
@@ -53,16 +53,10 @@ def block(size: int) -> int:
 def weight_bytes(config: RunnerConfig) -> int:
     """weights.load_params: norm weights in f32, all else in the activations' type, or in few bits."""
     arch, item = config.arch, DTYPE_BYTES[config.dtype]
-    quantised: dict[str, int] = {}
-    for param in param_table(arch):
-        if param.quant is not None:
-            scales = 4 * param.shape[0] if param.quant.at_load else 0
-            kept = param.num_elements * (1 if param.quant.at_load else ITEM_BYTES[param.dtype_of(arch)])
-            name = stored_name(param.weight)
-            quantised[name] = quantised.get(name, 0) + kept + scales
+    quantised = kept_sizes(arch, stored_name, item)
     plain = {name: shape for name, _, shape in storage(arch).values() if name not in quantised}
     sizes = [prod(shape) * (4 if name.endswith("norm") else item) for name, shape in plain.items()]
-    return sum(map(block, (*sizes, *quantised.values())))
+    return sum(map(block, (*sizes, *(size for parts in quantised.values() for size in parts))))
 
 
 def layer_bytes(layer: LayerSpec, width: int, tokens: int, item: int, invariant: bool) -> int:

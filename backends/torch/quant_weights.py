@@ -6,6 +6,9 @@ come, so that no more is held twice than the weights that are begun.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -13,7 +16,7 @@ from cuda_kernels.dispatch import settle
 from cuda_kernels.quant_layout import joined, nibble_weight, plain_weight, round_to_fp8
 from cuda_kernels.quant_weight import QuantWeight, Weight
 from engine.specs.arch import ArchSpec
-from engine.specs.quant import WeightQuant
+from engine.specs.quant import BLOCK, WeightQuant
 from engine.specs.weights import ParamSpec, param_table
 
 
@@ -55,6 +58,34 @@ class QuantLoad:
             return None
         del self.parts[name]
         return name, settle(joined(done), self.dtype)
+
+
+def kept_sizes(arch: ArchSpec, stored: Callable[[str], str], item: int) -> dict[str, list[int]]:
+    """Bytes of each tensor of the weights that are not plain, or fused with one, on a GPU. item: bytes of x's dtype.
+
+    stored: as QuantLoad has it, as a function.
+    """
+    table = param_table(arch)
+    quants = {param.weight: param.quant for param in table if param.quant is not None}
+    names = {stored(weight) for weight in quants}
+    sizes: dict[str, list[int]] = {}
+    for param in param_table(replace(arch, quant=None)):
+        if stored(param.name) in names:
+            parts = part_sizes(quants.get(param.name), param.shape[0], param.shape[1], item)
+            sizes.setdefault(stored(param.name), []).extend(parts)
+    return sizes
+
+
+def part_sizes(quant: WeightQuant | None, rows: int, columns: int, item: int) -> list[int]:
+    """Bytes of the tensors of one part, [rows, columns]."""
+    if quant is None:
+        return [rows * columns * item]
+    if quant.scheme == "w4":
+        groups = columns // (quant.group or columns)
+        order = [4 * columns] if quant.act_order else []
+        return [rows * columns // 2, rows * groups * item, rows * groups, *order]
+    scales = -(-rows // BLOCK) * -(-columns // BLOCK) if quant.per == "block" else rows
+    return [rows * columns, 4 * scales, *([4] if quant.act == "static" else [])]
 
 
 def build(quant: WeightQuant | None, fields: dict[str, Tensor], dtype: torch.dtype) -> QuantWeight | Tensor:
