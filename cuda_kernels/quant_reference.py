@@ -18,6 +18,7 @@ from cuda_kernels.quant_weight import BLOCK, NIBBLES, QuantWeight, WideWeight
 
 E4M3_MAX = 448.0
 INT8_MAX = 127.0
+CUBLAS_MULTIPLE, CUBLAS_ROWS = 8, 32  # its integer product takes multiples of 8, and more than 16 rows
 SMALLEST = 1e-12  # a scale of a row of zeros: anything but 0
 
 
@@ -84,7 +85,13 @@ def rounded_blocks(x: Tensor) -> Tensor:
 
 def int_product(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight.T with exact sums, f32 [T, O]. x: int8 [T, I]; weight: int8 [O, I]."""
-    return torch._int_mm(x, weight.t()).float()
+    rows, (outputs, inputs) = x.shape[0], weight.shape
+    if not x.is_cuda:
+        return torch._int_mm(x, weight.t()).float()
+    if outputs % CUBLAS_MULTIPLE or inputs % CUBLAS_MULTIPLE:
+        return functional.linear(x.double(), weight.double()).float()
+    padded = functional.pad(x, (0, 0, 0, max(0, CUBLAS_ROWS - rows)))
+    return torch._int_mm(padded, weight.t())[:rows].float()
 
 
 def dequantised(weight: QuantWeight, dtype: torch.dtype) -> Tensor:

@@ -131,7 +131,7 @@ def parse_compressed(table: Fields) -> ModelQuant:
     """Config groups of llm-compressor: fp8 and int8 weights, with or without rounded activations, and 4-bit groups."""
     for name in ("kv_cache_scheme", "sparsity_config", "transform_config", "moe_sparsity_config"):
         inner = table.values.get(name)
-        if inner and not (name == "sparsity_config" and inner == {"format": "dense"}):
+        if inner and not (name == "sparsity_config" and isinstance(inner, dict) and inner.get("format") == "dense"):
             table.refuse(name, "null or {} (not supported)")
     status = table.values.get("quantization_status", "compressed")
     if status not in ("compressed", "frozen"):

@@ -1,4 +1,4 @@
-"""quantization_config -> ModelQuant -> tensors: what is read, what is refused, and damage in quantised checkpoints."""
+"""From a ModelQuant to tensors: names, shapes, bytes, shards, and damage in quantised checkpoints."""
 
 from __future__ import annotations
 
@@ -14,49 +14,15 @@ import pytest
 from engine.errors import CheckpointError, ConfigError
 from engine.specs.checkpoint import stream_params
 from engine.specs.families import parse_config
-from engine.specs.families.fields import Fields
-from engine.specs.families.quantization import at_load, parse_fp8
+from engine.specs.families.quantization import at_load
 from engine.specs.parallel import shard_shape, shard_slices
 from engine.specs.quant import ModelQuant, Pattern, WeightQuant
 from engine.specs.safetensors import STORED, first_non_finite
 from engine.specs.weights import RawTensor, dummy_params, num_parameters, param_table, to_e4m3
-from tests.engine.specs.damage import CONFIG, FILE, Tensor, pack
+from tests.engine.specs.damage import FILE, Tensor, pack
+from tests.engine.specs.quant_forms import ALL, AWQ, BLOCK, GPTQ, INT4, INT8, STATIC, compressed, config
 
-SIZES = {"hidden_size": 64, "intermediate_size": 192, "head_dim": 16, "vocab_size": 24}
-AWQ: dict[str, Any] = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "GEMM", "zero_point": True}
-GPTQ: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": True}
-BLOCK: dict[str, Any] = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
-STATIC: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "static"}
-INT4: dict[str, Any] = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32}
-INT8: dict[str, Any] = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
-TOKEN: dict[str, Any] = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-
-
-def compressed(weights: dict[str, Any], acts: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    form = "pack-quantized" if weights["num_bits"] == 4 else "naive-quantized"
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": acts}
-    return {
-        "quant_method": "compressed-tensors",
-        "config_groups": {"group_0": group},
-        "format": form,
-        "ignore": ["lm_head"],
-        **changes,
-    }
-
-
-ALL = {
-    "awq": AWQ,
-    "gptq": GPTQ,
-    "block": BLOCK,
-    "static": STATIC,
-    "int4": compressed(INT4),
-    "int8": compressed(INT8, TOKEN),
-}
 Q = "model.layers.1.self_attn.q_proj"
-
-
-def config(quant: dict[str, Any] | None, **changes: Any) -> dict[str, Any]:
-    return {**CONFIG, **SIZES, "quantization_config": quant, **changes}
 
 
 def names_of(quant: dict[str, Any], weight: str) -> dict[str, tuple[tuple[int, ...], str | None]]:
@@ -150,61 +116,6 @@ def test_patterns() -> None:
         method="x", rules=(((path,), WeightQuant(scheme="fp8", layout="plain", per="tensor", act="none")),)
     )
     assert rules.of(["a.mlp.gate"]) is not None and rules.of(["a.mlp.up"]) is None
-
-
-REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"quant_method": "bitsandbytes"}, "quant_method: 'bitsandbytes' .*fp8, compressed-tensors, awq, gptq"),
-    ({"bits": 4}, "quant_method: is missing"),
-    ({**AWQ, "bits": 8}, "bits: 8 .*expected 4"),
-    ({**AWQ, "version": "gemv"}, "version: 'gemv' .*gemm"),
-    ({**AWQ, "zero_point": False}, "zero_point: False"),
-    ({**AWQ, "group_size": 48}, "self_attn.q_proj: 64 inputs are not whole groups of 48"),
-    ({**AWQ, "group_size": 0}, "group_size: 0"),
-    ({**AWQ, "modules_to_not_convert": "lm_head"}, "modules_to_not_convert: 'lm_head' .*list"),
-    ({**GPTQ, "bits": 3}, "bits: 3 .*expected 4"),
-    ({**GPTQ, "checkpoint_format": "marlin"}, "checkpoint_format: 'marlin'"),
-    ({**GPTQ, "dynamic": {"+:.*": {"bits": 8}}}, r"dynamic: \+:\.\*"),
-    ({**GPTQ, "pack_dtype": "int64"}, "pack_dtype: 'int64'"),
-    ({**BLOCK, "weight_block_size": [64, 64]}, r"weight_block_size: \[64, 64\] .*\[128, 128\]"),
-    ({**BLOCK, "fmt": "e5m2"}, "fmt: 'e5m2' .*e4m3"),
-    ({**BLOCK, "scale_fmt": "ue8m0"}, "scale_fmt: 'ue8m0'"),
-    ({**BLOCK, "activation_scheme": "static"}, "activation_scheme: 'static' .*dynamic"),
-    (compressed({**INT4, "num_bits": 3}), "num_bits: 3 .*8, or 4 with type int"),
-    (compressed({**INT4, "type": "float"}), "num_bits: 4 .*with type float"),
-    (compressed({**INT4, "strategy": "tensor"}), "strategy: 'tensor' .*group or channel"),
-    (compressed({**INT4, "group_size": None}), "group_size: None"),
-    (compressed(INT4, TOKEN), "input_activations"),
-    (compressed(INT4, format="marlin-24"), "format: 'marlin-24' .*pack-quantized"),
-    (compressed(INT8, {**TOKEN, "num_bits": 4}), "num_bits: 4 .*8, as the weights"),
-    (compressed(INT8, {**TOKEN, "type": "float"}), "type: 'float' .*int"),
-    (compressed(INT8, {**TOKEN, "symmetric": False}), "symmetric: False"),
-    (compressed(INT8, {**TOKEN, "strategy": "group"}), "strategy: 'group' .*token with dynamic true"),
-    (compressed({**INT8, "symmetric": False}), "symmetric: False"),
-    (compressed({**INT8, "strategy": "block"}), "strategy: 'block'"),
-    (compressed(INT8, kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
-    (compressed(INT8, transform_config={"config_groups": {"R1": {}}}), "transform_config"),
-    (compressed(INT8, config_groups={}), "config_groups"),
-    (compressed(INT8, ignore=["re:(a+)+b"]), "ignore: .*at most 4 repeats and none of a group"),
-    (compressed(INT8, ignore=["re:.*.*.*.*.*x"]), "at most 4 repeats"),
-    (compressed(INT8, ignore=["re:[a"]), "ignore: .*can be read"),
-    (compressed(INT8, config_groups={"g": {"targets": ["Embedding"], "weights": INT8}}), "targets: .*Linear"),
-]
-
-
-@pytest.mark.parametrize("quant,message", REFUSED, ids=[str(i) for i in range(len(REFUSED))])
-def test_refused_configs(quant: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as caught:
-        parse_config(config(quant))
-    assert "config.json: quantization_config" in str(caught.value)
-
-
-def test_early_spellings() -> None:
-    """compression_config, as the first compressed-tensors wrote it; both places must agree."""
-    arch = parse_config({**config(None), "compression_config": compressed(INT8)})
-    assert arch.quant is not None and arch.quant.method == "compressed-tensors"
-    with pytest.raises(ConfigError, match="the same as"):
-        parse_config({**config(AWQ), "compression_config": compressed(INT8)})
-    assert parse_fp8(Fields({"fmt": None})).rules[0][1].act == "token"
 
 
 # --- checkpoints ---
