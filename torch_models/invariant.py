@@ -46,7 +46,7 @@ class InvariantDecoder(FusedDecoder):
         """The residual stream behind the last layer, [T, D]. x: [T, D] embedded tokens; the rest as Decoder.forward."""
         for (layer, heads), (group, pool, layer_index) in zip(self.layers, places, strict=True):
             turn = turns[layer.spec.mixer.rope]
-            x = run_layer(layer, heads, x, turn, caches[pool], layer_index, works[group])
+            x = self.layer(layer, heads, x, turn, caches[pool], layer_index, works[group])
         return x
 
     def logits(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -54,50 +54,50 @@ class InvariantDecoder(FusedDecoder):
         norm = self.spec.final_norm
         return capped(linear.head(x, self.final_norm, norm.eps, norm.offset, self.head, out), self.spec)
 
+    def layer(
+        self,
+        part: Layer,
+        heads: HeadSpec,
+        x: Tensor,
+        turn: tuple[Tensor | None, Tensor | None],
+        cache: Tensor,
+        layer_index: int,
+        work: InvariantWork,
+    ) -> Tensor:
+        """x: [T, D] -> [T, D]. decoder.Layer in eight launches, ten with sandwich norms."""
+        norms, mixer, ffn = part.spec.norms, part.mixer, part.ffn
+        qkv = linear.norm_linear(x, part.attn_norm, norms.eps, norms.offset, mixer.qkv, mixer.qkv_bias)
+        mixed = self.attend(qkv, turn, cache, layer_index, work, heads)
+        if norms.sandwich:
+            mixed = linear.linear(mixed, mixer.o, mixer.o_bias)
+            x = x + fused.rms_norm(mixed, part.post_attn_norm, norms.eps, norms.offset)
+        else:
+            x = linear.linear_add(mixed, mixer.o, mixer.o_bias, x)
+        gated = linear.norm_gated(
+            x, part.ffn_norm, norms.eps, norms.offset, ffn.gate_up, ffn.gate_up_bias, ffn.spec.activation
+        )
+        if norms.sandwich:
+            fed = linear.linear(gated, ffn.down, ffn.down_bias)
+            return x + fused.rms_norm(fed, part.post_ffn_norm, norms.eps, norms.offset)
+        return linear.linear_add(gated, ffn.down, ffn.down_bias, x)
 
-def run_layer(
-    layer: Layer,
-    heads: HeadSpec,
-    x: Tensor,
-    turn: tuple[Tensor | None, Tensor | None],
-    cache: Tensor,
-    layer_index: int,
-    work: InvariantWork,
-) -> Tensor:
-    """x: [T, D] -> [T, D]. decoder.Layer in eight launches, ten with sandwich norms."""
-    norms, mixer, ffn = layer.spec.norms, layer.mixer, layer.ffn
-    qkv = linear.norm_linear(x, layer.attn_norm, norms.eps, norms.offset, mixer.qkv, mixer.qkv_bias)
-    mixed = attend(qkv, turn, cache, layer_index, work, heads)
-    if norms.sandwich:
-        mixed = linear.linear(mixed, mixer.o, mixer.o_bias)
-        x = x + fused.rms_norm(mixed, layer.post_attn_norm, norms.eps, norms.offset)
-    else:
-        x = linear.linear_add(mixed, mixer.o, mixer.o_bias, x)
-    gated = linear.norm_gated(
-        x, layer.ffn_norm, norms.eps, norms.offset, ffn.gate_up, ffn.gate_up_bias, ffn.spec.activation
-    )
-    if norms.sandwich:
-        fed = linear.linear(gated, ffn.down, ffn.down_bias)
-        return x + fused.rms_norm(fed, layer.post_ffn_norm, norms.eps, norms.offset)
-    return linear.linear_add(gated, ffn.down, ffn.down_bias, x)
-
-
-def attend(
-    qkv: Tensor,
-    turn: tuple[Tensor | None, Tensor | None],
-    cache: Tensor,
-    layer: int,
-    work: InvariantWork,
-    heads: HeadSpec,
-) -> Tensor:
-    """Write this step's keys and values into the pages, then attend. qkv: [T, (N + 2K) * H] -> [T, N * H]."""
-    q = rope_and_write(
-        qkv, cache, layer, work.write_at, *turn, num_heads=heads.num_heads,
-        q_norm=heads.q_norm, k_norm=heads.k_norm, norm_eps=heads.norm_eps, norm_offset=heads.norm_offset,
-    )  # fmt: skip
-    out = attention(
-        q, cache, layer, work.page_table, work.slots, work.query_starts, work.lengths,
-        tiles=work.tiles[heads.num_heads // cache.shape[3]], scratch=work.scratch,
-        scale=heads.scale, window=heads.window, logit_cap=heads.logit_cap,
-    )  # fmt: skip
-    return out.view(out.shape[0], -1)
+    def attend(
+        self,
+        qkv: Tensor,
+        turn: tuple[Tensor | None, Tensor | None],
+        cache: Tensor,
+        layer: int,
+        work: InvariantWork,
+        heads: HeadSpec,
+    ) -> Tensor:
+        """Write this step's keys and values into the pages, then attend. qkv: [T, (N + 2K) * H] -> [T, N * H]."""
+        q = rope_and_write(
+            qkv, cache, layer, work.write_at, *turn, num_heads=heads.num_heads,
+            q_norm=heads.q_norm, k_norm=heads.k_norm, norm_eps=heads.norm_eps, norm_offset=heads.norm_offset,
+        )  # fmt: skip
+        out = attention(
+            q, cache, layer, work.page_table, work.slots, work.query_starts, work.lengths,
+            tiles=work.tiles[heads.num_heads // cache.shape[3]], scratch=work.scratch,
+            scale=heads.scale, window=heads.window, logit_cap=heads.logit_cap,
+        )  # fmt: skip
+        return out.view(out.shape[0], -1)

@@ -1,7 +1,8 @@
 """Triton's interpreter where there is no GPU: import this before triton.
 
-Two faults of the interpreter of triton 3.6 are mended: it turns one-element arrays to integers as numpy 2.4 no longer
-allows, so that `range` over a number read from memory fails; and `dot` takes bfloat16 bits for integers.
+Three faults of the interpreter of triton 3.6 are mended: it turns one-element arrays to integers as numpy 2.4 no longer
+allows, so that `range` over a number read from memory fails; `dot` takes bfloat16 bits for integers; and values become
+e4m3 by leaving bits out, where a GPU rounds to the nearest.
 """
 
 from __future__ import annotations
@@ -36,3 +37,13 @@ if DEVICE.type == "cpu":
         return plain_dot(self, wide(a), wide(b), *rest)
 
     interpreter.InterpreterBuilder.create_dot = dot
+
+    plain_fp_to_fp = interpreter.InterpreterBuilder.create_fp_to_fp
+
+    def fp_to_fp(self, src, dst_type, rounding_mode):
+        if dst_type.scalar != interpreter.tl.float8e4nv or src.dtype.scalar != interpreter.tl.float32:
+            return plain_fp_to_fp(self, src, dst_type, rounding_mode)
+        rounded = torch.from_numpy(np.ascontiguousarray(src.data)).to(torch.float8_e4m3fn).view(torch.uint8)
+        return interpreter.TensorHandle(rounded.numpy().reshape(src.data.shape), dst_type.scalar)
+
+    interpreter.InterpreterBuilder.create_fp_to_fp = fp_to_fp
