@@ -9,6 +9,7 @@ Letters: T tokens of a step · S rows · L sampling rows · D width · F ffn wid
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 from backends.torch.eager import SCORE_BYTES
@@ -59,6 +60,16 @@ def weight_bytes(config: RunnerConfig) -> int:
     return sum(map(block, (*sizes, *(size for parts in quantised.values() for size in parts))))
 
 
+def unpacked_bytes(config: RunnerConfig, tokens: int) -> int:
+    """quant_reference.linear: the largest weight in few bits as plain numbers, once in f32 and once as it is used;
+    its inputs and outputs in f32, three times each.
+    """
+    item = DTYPE_BYTES[config.dtype]
+    shapes = {name: shape for name, _, shape in storage(replace(config.arch, quant=None)).values()}
+    kept = [shapes[name] for name in kept_sizes(config.arch, stored_name, item)]
+    return max((rows * inner * (4 + item) + 12 * tokens * (rows + inner) for rows, inner in kept), default=0)
+
+
 def layer_bytes(layer: LayerSpec, width: int, tokens: int, item: int, invariant: bool) -> int:
     """torch_models/fused.run_layer, or invariant.run_layer: the most of its tensors that are alive at once."""
     mixer, inner = layer.mixer, layer.ffn.size
@@ -102,7 +113,8 @@ def step_bytes(config: RunnerConfig, multiprocessors: int) -> int:
     if config.sampler_limits.max_logprobs > score.MOST_TOP:
         ranked = 3 * scored  # torch's own: exponentials, comparisons, the largest with their places
     at_scores = hidden + logits + scored + ranked
-    return before + max(layers_bytes(config, tokens), at_logits, at_scores) + scratch + ROUNDING_BYTES
+    in_layers = layers_bytes(config, tokens) + unpacked_bytes(config, tokens)
+    return before + max(in_layers, at_logits, at_scores) + scratch + ROUNDING_BYTES
 
 
 def sampler_bytes(rows: int, vocab: int) -> int:
@@ -139,7 +151,9 @@ def graph_bytes(config: RunnerConfig, rows: int, multiprocessors: int) -> int:
     else:
         buffers += workspace_bytes(arch, rows, multiprocessors)
     begun = rows * (arch.hidden_size * DTYPE_BYTES[config.dtype] + 64)
-    return buffers + block(layers_bytes(config, rows) + begun + 12 * rows * -(-vocab // 1024)) + SPLIT_BYTES
+    ends = 12 * rows * -(-vocab // 1024)  # what greedy sampling keeps of each tile of the logits
+    shared = layers_bytes(config, rows) + unpacked_bytes(config, rows) + begun + ends
+    return buffers + block(shared) + SPLIT_BYTES
 
 
 def table_bytes(config: RunnerConfig) -> int:
