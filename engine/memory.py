@@ -128,13 +128,13 @@ def check_pages(config: EngineConfig, plan: MemoryPlan, layout: CacheLayout) -> 
 
 
 def report(plan: MemoryPlan, kv_bytes: int, peak: int) -> str:
-    """The plan beside what the allocator held, in one line. peak: bytes, the KV pages among them."""
+    """The plan beside the most that the allocator held, in one line. peak: bytes, the KV pages among them."""
     waiting = plan.parts.get(ON_DEMAND, 0)
     planned = plan.needed - waiting + kv_bytes
     deviation = (planned / peak - 1) * 100 if peak else 0.0
     return (
         f"memory: {words(plan.parts)}, KV cache {gib(kv_bytes)}; planned {gib(planned)} without what comes on demand, "
-        f"allocated at most {gib(peak)} ({deviation:+.1f} %)"
+        f"held at most {gib(peak)} ({deviation:+.1f} %)"
     )
 
 

@@ -135,7 +135,7 @@ class ModelRunner(Protocol):
         """
 
     def memory_peak(self) -> int:
-        """Most bytes that were allocated at once since load, KV pages included; 0 where nobody counts."""
+        """Most bytes that the backend's allocator held at once, KV pages included; 0 where nobody counts."""
 
     def cache_budget_bytes(self) -> int:
         """Device memory left for KV after weights and the largest step's workspace. Asked after load."""

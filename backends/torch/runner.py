@@ -61,7 +61,6 @@ class Runner:
                 raise ConfigError(f"{name}: {value} is not supported by the torch backend yet; expected {only}")
         self._config = config
         self._device = devices.choose_device(config.device)
-        self._free_bytes = devices.memory(self._device)[1]
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
         if self._device.type == "cpu":
@@ -93,10 +92,7 @@ class Runner:
     def memory_peak(self) -> int:
         if self._device.type != "cuda":
             return 0
-        torch.cuda.synchronize()
-        gone = self._free_bytes - devices.memory(self._device)[1]
-        driver = gone - torch.cuda.memory_reserved(self._device)  # kernels and graphs, and what other processes took
-        return torch.cuda.max_memory_allocated(self._device) + max(0, driver)
+        return torch.cuda.max_memory_reserved(self._device)
 
     def cache_budget_bytes(self) -> int:
         free = devices.memory(self._device)[1]

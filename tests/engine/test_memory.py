@@ -138,5 +138,5 @@ def test_the_report_is_one_line_with_the_deviation() -> None:
     plan = plan_memory(config, resolved(config), GPU, parts_of)
     assert plan is not None
     text = report(plan, 2 * GIB, 5 * GIB)  # planned 3 + 1 + 2
-    assert "\n" not in text and "planned 6.00 GiB" in text and "at most 5.00 GiB (+20.0 %)" in text
+    assert "\n" not in text and "planned 6.00 GiB" in text and "held at most 5.00 GiB (+20.0 %)" in text
     assert "on demand 0.25 GiB" in text
