@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from engine.config import EngineConfig
 from engine.errors import ConfigError
-from engine.resolve import GIB, Resolved, kv_bytes_of
+from engine.resolve import GIB, Resolved, kv_bytes_of, longest_length
 from engine.runner import ON_DEMAND, DeviceInfo, RunnerConfig
 from engine.specs.cache import CacheLayout
 
@@ -76,34 +76,44 @@ def least_kv_bytes(resolved: Resolved) -> int:
 
 
 def remedy(config: EngineConfig, resolved: Resolved, device: DeviceInfo, parts_of: Parts) -> str:
-    """What to change, and to what: every single flag that would do by itself."""
-    runner, usable, pages = resolved.runner, usable_bytes(config, device), least_kv_bytes(resolved)
-
-    def needs(**changes: int) -> int:
-        return sum(parts_of(replace(runner, **changes)).values()) + pages  # type: ignore[arg-type]
-
+    """What to change, and to what: every flag that would do by itself."""
+    usable, pages = usable_bytes(config, device), least_kv_bytes(resolved)
+    needed = sum(parts_of(resolved.runner).values())
     found = []
-    tokens, seqs = resolved.max_num_batched_tokens, resolved.max_num_seqs
-    fewer_tokens = [n for n in halves(tokens) if n >= seqs and needs(max_batched_tokens=n) <= usable]
-    if fewer_tokens:
-        found.append(f"lower --max-num-batched-tokens to {fewer_tokens[0]}")
-    fewer_seqs = [n for n in halves(seqs) if needs(max_slots=n) <= usable]
-    if fewer_seqs:
-        found.append(f"lower --max-num-seqs to {fewer_seqs[0]}")
-    if not found:
-        both = [n for n in halves(seqs) if needs(max_slots=n, max_batched_tokens=max(n, min(tokens, 256))) <= usable]
-        if both:
-            small = max(both[0], min(tokens, 256))
-            found.append(f"lower --max-num-seqs to {both[0]} and --max-num-batched-tokens to {small}")
-    own = min(device.memory_bytes - device.free_bytes, OWN_BYTES)
-    share = math.ceil((needs() + own) / device.memory_bytes * 100) / 100
-    left = device.free_bytes - device.memory_bytes // KEPT_SHARE
-    if config.cache.gpu_memory_utilization < share <= 0.99 and needs() <= left:
+    length = longest_length(resolved, lambda tokens: needed + kv_bytes_of(resolved, tokens) <= usable)
+    if resolved.max_model_len_given and length:
+        found.append(f"lower --max-model-len to {length}")
+    found += smaller_steps(resolved, parts_of, usable - pages)
+    share = enough_share(needed + pages, device)
+    if share is not None and share > config.cache.gpu_memory_utilization:
         found.append(f"raise --gpu-memory-utilization to {share:g}")
     if found:
         return ", or ".join(found)
     taken = device.memory_bytes - device.free_bytes
     return f"use a device with more free memory ({gib(taken)} are in use), or --quantization fp8"
+
+
+def smaller_steps(resolved: Resolved, parts_of: Parts, left: int) -> list[str]:
+    """Fewer tokens or fewer rows whose parts fit into `left` bytes; both together where neither does alone."""
+    tokens, seqs = resolved.max_num_batched_tokens, resolved.max_num_seqs
+
+    def fits(rows: int, batched: int) -> bool:
+        return sum(parts_of(replace(resolved.runner, max_slots=rows, max_batched_tokens=batched)).values()) <= left
+
+    found = [f"lower --max-num-batched-tokens to {n}" for n in halves(tokens) if n >= seqs and fits(seqs, n)][:1]
+    found += [f"lower --max-num-seqs to {n}" for n in halves(seqs) if fits(n, tokens)][:1]
+    if not found:
+        both = [(n, max(n, min(tokens, 256))) for n in halves(seqs)]
+        found = [f"lower --max-num-seqs to {n} and --max-num-batched-tokens to {m}" for n, m in both if fits(n, m)][:1]
+    return found
+
+
+def enough_share(needed: int, device: DeviceInfo) -> float | None:
+    """The least --gpu-memory-utilization, in hundredths, that leaves so many bytes; None where none does."""
+    own = min(device.memory_bytes - device.free_bytes, OWN_BYTES)
+    share = math.ceil((needed + own) / device.memory_bytes * 100) / 100
+    free = device.free_bytes - device.memory_bytes // KEPT_SHARE
+    return share if share <= 0.99 and needed <= free else None
 
 
 def halves(number: int) -> list[int]:
@@ -144,4 +154,4 @@ def words(parts: Mapping[str, int]) -> str:
 
 
 def gib(size: int) -> str:
-    return f"{size / GIB:.2f} GiB"
+    return f"{size / GIB:.2f} GiB" if size >= GIB // 100 else f"{size / 2**20:.1f} MiB"

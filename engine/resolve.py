@@ -7,6 +7,7 @@ after it (page counts, from the bytes that the runner says are left). No I/O, no
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from engine.config import EngineConfig
@@ -251,8 +252,7 @@ def plan_cache(config: EngineConfig, resolved: Resolved, budget_bytes: int) -> t
 
     length, notes = resolved.max_model_len, []
     if sequences_of(length) < 1:
-        most = length // page  # the longest length in pages, less one
-        length = page * bisect_left(range(1, most + 1), True, key=lambda pages: sequences_of(pages * page) < 1)
+        length = longest_length(resolved, lambda tokens: sequences_of(tokens) >= 1)
         fits, remedy = shortage(config, resolved, budget, length)
         if resolved.max_model_len_given or length < page:
             lower = f"lower --max-model-len to {length}, or " if length >= page else ""
@@ -278,6 +278,13 @@ def plan_cache(config: EngineConfig, resolved: Resolved, budget_bytes: int) -> t
         kv_dtype=runner.kv_dtype,
     )
     return layout, length, tuple(notes)
+
+
+def longest_length(resolved: Resolved, fits: Callable[[int], bool]) -> int:
+    """The longest length, in whole pages and at most the one asked for, that fits; 0 if not even a page does."""
+    page = resolved.runner.page_tokens[0]
+    pages = range(1, resolved.max_model_len // page + 1)
+    return page * bisect_left(pages, True, key=lambda count: not fits(count * page))
 
 
 def shortage(config: EngineConfig, resolved: Resolved, budget: int, length: int) -> tuple[str, str]:

@@ -109,7 +109,7 @@ def test_the_kv_of_a_given_length_is_part_of_what_must_fit() -> None:
     free, given = asked(share=1.0), asked(share=1.0, length=2048)
     assert plan_memory(free, resolved(free), tight, parts_of) is not None
     assert kv_bytes_of(resolved(given), 2048) > MIB
-    with pytest.raises(ConfigError, match="of KV cache need"):
+    with pytest.raises(ConfigError, match="lower --max-model-len to 960, or lower --max-num-batched-tokens to 1024"):
         plan_memory(given, resolved(given), tight, parts_of)
 
 
