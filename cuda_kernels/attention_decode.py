@@ -47,6 +47,7 @@ class Plan:
     warps: int = 4
     merged: int = 16  # splits merged at a time, of 512 values each
     requests: int = 1  # tiles asked of the L2 cache before the queries are made
+    early: bool = False  # the first tile is loaded before they are
     split_keys: int = 256  # fewest keys of a split
     waves: int = 2  # splits of long rows, in programs that run at once
     registers: int | None = None  # of a thread, at most
@@ -165,6 +166,19 @@ def merge(
     tl.store(out + cells, (total * (v_scale / weight)[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def add_tile(q, k, v, seen, top, weight, total, factor, cap, CAP: tl.constexpr):
+    """A tile of keys and values more. q: [G, H]; k, v: [C, H]; seen: [C]; top, weight: [G]; total: [G, H]."""
+    s = scores_of(q, tl.trans(k.to(q.dtype)), factor, cap, CAP)
+    s = tl.where(seen[None, :], s, float("-inf"))
+    higher = tl.maximum(top, tl.max(s, 1))
+    p = tl.exp2(s - higher[:, None])
+    kept = tl.exp2(top - higher)
+    weight = weight * kept + tl.sum(p, 1)
+    total = tl.dot(p.to(q.dtype), v.to(q.dtype), total * kept[:, None], input_precision="ieee")
+    return higher, weight, total
+
+
 @triton.jit(
     do_not_specialize=["table_stride", "num_rows", "budget", "fewest_tiles"],
     do_not_specialize_on_alignment=["page_table", "slots", "lengths", "rows"],
@@ -216,6 +230,7 @@ def decode_kernel(
     STAGES: tl.constexpr,
     FP16: tl.constexpr,  # products in fp16: e4m3 becomes that in one instruction, bf16 in several
     REQUESTS: tl.constexpr,  # tiles asked of the L2 cache before the wait
+    EARLY: tl.constexpr,  # the first tile is loaded before the wait
     DEPENDENT: tl.constexpr,
 ):
     ACT: tl.constexpr = qkv.dtype.element_ty
@@ -243,7 +258,19 @@ def decode_kernel(
     low = first_tile + split * share
     high = tl.minimum(low + share, tl.cdiv(end, BLOCK_C))
     ahead = page_of(table, low * BLOCK_C, end, PAGE, BLOCK_C)
-    for tile in tl.static_range(REQUESTS):
+    keys = tl.arange(0, BLOCK_C)
+    dims = tl.arange(0, BLOCK_H)
+    inside = dims < HEAD
+    k_first, v_first, seen_first = 0, 0, 0  # of type, where there are none
+    if EARLY:  # earlier steps wrote it: it comes while this waits for the queries
+        at = low * BLOCK_C
+        seen_first = (at + keys < end) & (at + keys >= begin) & (low < high)
+        places = key_offsets(table, ahead, keys, at, end, kv_head, NUM_KV_HEADS, PAGE, HEAD, BLOCK_C)
+        wanted = seen_first[:, None] & inside[None, :]
+        k_first = tl.load(k_pages + places[:, None] + dims[None, :], mask=wanted, other=0.0)
+        v_first = tl.load(v_pages + places[:, None] + dims[None, :], mask=wanted, other=0.0)
+        ahead = page_of(table, at + BLOCK_C, end, PAGE, BLOCK_C)
+    for tile in tl.static_range(EARLY, REQUESTS):
         at = (low + tile) * BLOCK_C
         if at < end:
             page = page_of(table, at, end, PAGE, BLOCK_C)
@@ -252,11 +279,8 @@ def decode_kernel(
     if DEPENDENT:
         cuda.gdc_wait()
 
-    dims = tl.arange(0, BLOCK_H)
-    inside = dims < HEAD
     group = tl.arange(0, BLOCK_G)
     some = group[:, None] < GROUP
-    keys = tl.arange(0, BLOCK_C)
     top = tl.full([BLOCK_G], -1e30, tl.float32)
     weight = tl.zeros([BLOCK_G], tl.float32)
     total = tl.zeros([BLOCK_G, BLOCK_H], tl.float32)
@@ -289,7 +313,9 @@ def decode_kernel(
         q = tl.load(heads + dims[None, :], mask=some & inside[None, :], other=0.0)
 
     q = for_products(q, FP16)
-    for tile in tl.range(low, high, num_stages=STAGES):
+    if EARLY:
+        top, weight, total = add_tile(q, k_first, v_first, seen_first, top, weight, total, factor, cap, CAP)
+    for tile in tl.range(low + EARLY, high, num_stages=STAGES):
         at = tile * BLOCK_C
         position = at + keys
         seen = position < end
@@ -300,14 +326,7 @@ def decode_kernel(
         places = key_offsets(table, page, keys, at, end, kv_head, NUM_KV_HEADS, PAGE, HEAD, BLOCK_C)
         k = tl.load(k_pages + places[:, None] + dims[None, :], mask=seen[:, None] & inside[None, :], other=0.0)
         v = tl.load(v_pages + places[:, None] + dims[None, :], mask=seen[:, None] & inside[None, :], other=0.0)
-        s = scores_of(q, tl.trans(k.to(q.dtype)), factor, cap, CAP)
-        s = tl.where(seen[None, :], s, float("-inf"))
-        higher = tl.maximum(top, tl.max(s, 1))
-        p = tl.exp2(s - higher[:, None])
-        kept = tl.exp2(top - higher)
-        weight = weight * kept + tl.sum(p, 1)
-        total = tl.dot(p.to(q.dtype), v.to(q.dtype), total * kept[:, None], input_precision="ieee")
-        top = higher
+        top, weight, total = add_tile(q, k, v, seen, top, weight, total, factor, cap, CAP)
 
     out_at = out + (token.to(tl.int64) * NUM_HEADS + kv_head * GROUP) * HEAD
     if active == 1:
@@ -339,7 +358,7 @@ def plan_for(rows: int, kv_heads: int, row_bytes: int, work: Workspace) -> Plan:
     """
     block = 64 if row_bytes <= 256 else 32
     if not work.fixed_split and rows * kv_heads <= work.num_sms * PROGRAMS_OF_SM:
-        return Plan(block=block, waves=1, merged=16, requests=3)
+        return Plan(block=block, waves=1, merged=16, requests=3, early=True)
     return Plan(block=block, waves=2, merged=4)
 
 
@@ -399,7 +418,7 @@ def launch(
         FIXED=workspace.fixed_split > 0, NEW=rows is None,
         Q_NORM=q_norm is not None, K_NORM=k_norm is not None, CAP=logit_cap is not None, SINKS=sinks is not None,
         STAGES=plan.stages, FP16=fp16_products(qkv, cache), REQUESTS=plan.requests if linear else 0,
-        DEPENDENT=dependent, num_warps=plan.warps, **options,
+        EARLY=int(plan.early), DEPENDENT=dependent, num_warps=plan.warps, **options,
     )  # fmt: skip
 
 
