@@ -34,6 +34,7 @@ from cuda_kernels.attention_tiles import (
 from cuda_kernels.rope_cache import load_turned, rotary_half, storable
 
 PROGRAMS_OF_SM = 3  # that run at once
+FEW_OF_SM = 2  # programs of a step of few rows: more keep the next product's programs out
 MAX_WAVES = 2  # of any plan
 BLOCKS_OF_ROWS = (16, 64, 256, 1024, 8192)  # few, since each is a kernel of its own
 
@@ -50,6 +51,7 @@ class Plan:
     early: bool = False  # the first tile is loaded before they are
     split_keys: int = 256  # fewest keys of a split
     waves: int = 2  # splits of long rows, in programs that run at once
+    of_sm: int = PROGRAMS_OF_SM
     registers: int | None = None  # of a thread, at most
 
 
@@ -107,7 +109,10 @@ def find_work(
     share = fewest_tiles
     if not FIXED:
         share = tl.maximum(fewest_tiles, tl.cdiv(tl.sum(tiles, 0), budget))
-    active = tl.where(real, tl.maximum(1, tl.cdiv(tiles, share)), 0)
+    active = tl.maximum(1, tl.cdiv(tiles, share))
+    if not FIXED:  # merging two splits takes longer than the tiles that one of them saves
+        active = tl.where(tiles <= 2 * fewest_tiles, 1, active)
+    active = tl.where(real, active, 0)
     ends = tl.cumsum(active, 0)
     row = tl.sum((real & (ends <= item)).to(tl.int32), 0)
     mine = lanes == row
@@ -358,7 +363,7 @@ def plan_for(rows: int, kv_heads: int, row_bytes: int, work: Workspace) -> Plan:
     """
     block = 64 if row_bytes <= 256 else 32
     if not work.fixed_split and rows * kv_heads <= work.num_sms * PROGRAMS_OF_SM:
-        return Plan(block=block, waves=1, merged=16, requests=3, early=True)
+        return Plan(block=block, waves=1, of_sm=FEW_OF_SM, merged=16, requests=3, early=True)
     return Plan(block=block, waves=2, merged=4)
 
 
@@ -369,7 +374,7 @@ def work_items(rows: int, kv_heads: int, max_keys: int, work: Workspace, plan: P
         share = triton.cdiv(work.fixed_split, plan.block)
         return rows * triton.cdiv(tiles, share), 1, share
     share = triton.cdiv(plan.split_keys, plan.block)
-    budget = max(1, work.num_sms * PROGRAMS_OF_SM * plan.waves // kv_heads)
+    budget = max(1, work.num_sms * plan.of_sm * plan.waves // kv_heads)
     return min(rows + budget, rows * triton.cdiv(tiles, share)), budget, share
 
 
