@@ -43,6 +43,7 @@ class Tile:
 FEW = Tile(out=64, rows=16, inner=128, apart=True)
 SOME = Tile(out=64, rows=64, inner=128, stages=3, apart=True)
 MANY = Tile(out=128, rows=128, warps=8)
+MANY_GATED = Tile(out=64, rows=128, stages=3)  # 621 TFLOP/s at 8192 rows of an 8B model on an H200, MANY 559
 INTERPRETED = Tile(out=64, rows=16, inner=64, apart=True)  # numpy sums in another order in another shape
 SIMPLE = Tile(out=32, rows=32, inner=32, apart=True)  # float32: no tensor cores, so one shape
 
@@ -61,7 +62,7 @@ def tile_of(rows: int, gated: bool, x: Tensor) -> Tile:
         return FEW
     if rows <= 2 * SOME.rows:
         return SOME
-    return Tile(out=64, rows=128, warps=8) if gated else MANY
+    return MANY_GATED if gated else MANY
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

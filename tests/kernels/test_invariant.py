@@ -18,7 +18,7 @@ from tests.kernels.interpreter import DEVICE  # before triton
 triton = pytest.importorskip("triton")
 
 from cuda_kernels import invariant_attention, invariant_linear  # noqa: E402
-from cuda_kernels.invariant_linear import FEW, MANY, SOME, Tile  # noqa: E402
+from cuda_kernels.invariant_linear import FEW, MANY, MANY_GATED, SOME  # noqa: E402
 
 EPS = 1e-5
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -82,7 +82,7 @@ def test_a_row_is_right_and_its_own(inner: int, dtype: torch.dtype) -> None:
 def test_tiles_of_any_size_make_the_same_bits(shape: tuple[int, int]) -> None:
     x, weight = random(200, shape[1], dtype=torch.bfloat16), random(*shape, dtype=torch.bfloat16, scale=0.02)
     first = invariant_linear.product(x, weight, None, tile=FEW)
-    for tile in (SOME, MANY, Tile(out=64, rows=128, warps=8), replace(FEW, inner=64)):
+    for tile in (SOME, MANY, MANY_GATED, replace(FEW, inner=64)):
         assert torch.equal(invariant_linear.product(x, weight, None, tile=tile), first), tile
 
 
