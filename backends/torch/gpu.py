@@ -7,6 +7,8 @@ Letters: T tokens · S rows.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from backends.torch.eager import EagerSteps
 from backends.torch.graphs import DecodeGraphs
 from backends.torch.results import Outcome, Scores
 from backends.torch.step import Loaded, Step
-from cuda_kernels import compiles
+from cuda_kernels import compile_ahead, compiles
 from cuda_kernels.attention_ragged import make_work, query_tile
 from cuda_kernels.gpu_attention import GpuWork
 from engine.errors import fail
@@ -46,9 +48,23 @@ class GpuSteps(EagerSteps):
 
     def warm_up(self, progress: Progress | None = None) -> None:
         """Capture the decode steps, then run one other step of each size class: every kernel is compiled here."""
+        compilers = self._loaded.compilers
+        if compilers is not None:
+            told = partial(progress, "compile") if progress is not None else None
+            with compile_ahead.rehearsal() as jobs:
+                self._graphs.rehearse()
+                self._warm_others()
+            compilers.compile(list(jobs.values()), told)
         self._graphs.capture(progress)
         if self._loaded.tables.device.type != "cuda":
             return  # triton's interpreter compiles nothing
+        self._warm_others()
+        torch.cuda.synchronize()
+        if compilers is not None:
+            compilers.leave_note()
+
+    def _warm_others(self) -> None:
+        """Steps other than a captured one, of each class of sizes; the samplers."""
         config = self._loaded.config
         most = config.max_batched_tokens
         for tokens in (*(n for n in WARM_TOKENS if n < most), most):
@@ -59,7 +75,6 @@ class GpuSteps(EagerSteps):
             if singles < config.max_slots and singles + 2 <= most:
                 self._warm(np.array([1] * singles + [2], np.int32))
         gpu_sample.warm_up(self._graphs.logits, self._loaded.tables, config.max_slots)
-        torch.cuda.synchronize()
 
     def num_compiles(self) -> int:
         return compiles.count()

@@ -77,6 +77,13 @@ class DecodeGraphs:
             for pages in self._loaded.tables.pages
         ]
 
+    def rehearse(self) -> None:
+        """The launches of all sizes, uncaptured: for whoever lists what they compile."""
+        for size in reversed(self.sizes):
+            self._inputs[: self._lines * size].copy_(self._fill(size, None))
+            self._forward(size)
+            self._end(size)
+
     def capture(self, progress: Progress | None = None) -> None:
         pool = None
         for done, size in enumerate(reversed(self.sizes)):

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,6 +34,9 @@ from engine.specs.weights import dummy_blocks
 from engine.step import I32, U32, Event, OpenedRows, Sampler, StepPlan, StepResult
 from torch_models.decoder import Decoder
 
+if TYPE_CHECKING:
+    from cuda_kernels.compile_ahead import Compilers  # needs triton
+
 CLOSED = -1
 CPU_CACHE_BYTES = 8 << 30  # most that the KV pool takes of a host by itself
 
@@ -44,6 +47,7 @@ class Runner:
         self._decoder: Decoder | None = None
         self._tables: Tables | None = None
         self._work: EagerSteps | None = None
+        self._compilers: Compilers | None = None
         self._jobs: deque[tuple[Step, Callable[[Step], None]]] = deque()  # on a CPU: begun, not done
 
     # life
@@ -65,6 +69,10 @@ class Runner:
             torch.set_num_threads(config.num_threads)
         if self._device.type == "cpu":
             devices.keep_freed_memory()
+        elif has_fused_kernels(self._device):
+            from cuda_kernels import compile_ahead  # needs triton
+
+            self._compilers = compile_ahead.begin(f"{config} {torch.cuda.get_device_name(self._device)}")
         self._generation = np.full(config.max_slots, CLOSED, np.int64)
         self._uses = np.zeros(config.max_slots, np.int32)
         self._poisoned = np.zeros(config.max_slots, np.bool_)
@@ -145,6 +153,7 @@ class Runner:
             layout=layout,
             caches=caches,
             places=[found[layer] for layer in range(len(found))],
+            compilers=self._compilers,
         )
         self._work = self._room(loaded) if fused else EagerSteps(loaded)
 
@@ -161,11 +170,18 @@ class Runner:
         work = self._ready()[0]
         with torch.inference_mode():
             work.warm_up(progress)
+        self._end_compilers()
 
     def num_compiles(self) -> int:
         return 0 if self._work is None else self._work.num_compiles()
 
+    def _end_compilers(self) -> None:
+        compilers, self._compilers = self._compilers, None
+        if compilers is not None:
+            compilers.close()
+
     def shutdown(self) -> None:
+        self._end_compilers()
         self._jobs.clear()
         self._steps.clear()
         self._decoder, self._tables, self._work = None, None, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -14,6 +15,9 @@ from engine.runner import RunnerConfig
 from engine.specs.cache import CacheLayout
 from engine.step import I32, StepPlan
 from torch_models.decoder import Decoder
+
+if TYPE_CHECKING:
+    from cuda_kernels.compile_ahead import Compilers  # needs triton
 
 
 @dataclass(slots=True, eq=False)
@@ -46,3 +50,4 @@ class Loaded:
     layout: CacheLayout
     caches: list[Tensor]  # one a pool
     places: list[tuple[int, int, int]]  # per layer: group, pool, index of the layer within its pool
+    compilers: Compilers | None = None  # of a first start on a GPU
