@@ -134,11 +134,16 @@ def serve(process: subprocess.Popen[str], waiting: SimpleQueue[str], answers: Si
 
 def begin(configuration: str) -> Compilers | None:
     """Start the processes; None where this configuration has been compiled before, or processors are few."""
-    note = Path(knobs.cache.dir) / f"twinfer-{identity(configuration)}"
+    note = note_of(configuration)
     count = min(len(os.sched_getaffinity(0)) - 1, MOST_PROCESSES)
     if count < LEAST_PROCESSES or note.exists():
         return None
     return Compilers(count, note)
+
+
+def note_of(configuration: str) -> Path:
+    """The file that says that all of it has been compiled. It lies in triton's cache, and goes with it."""
+    return Path(knobs.cache.dir) / f"twinfer-{identity(configuration)}"
 
 
 def identity(configuration: str) -> str:

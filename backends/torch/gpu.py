@@ -54,6 +54,8 @@ class GpuSteps(EagerSteps):
             with compile_ahead.rehearsal() as jobs:
                 self._graphs.rehearse()
                 self._warm_others()
+            if progress is not None:
+                progress("rehearse", 1, 1)
             compilers.compile(list(jobs.values()), told)
         self._graphs.capture(progress)
         if self._loaded.tables.device.type != "cuda":

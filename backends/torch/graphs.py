@@ -100,7 +100,7 @@ class DecodeGraphs:
                 pool = graph.pool()
                 bodies[size] = graph.replay
             if progress is not None:
-                progress("warm_up", done + 1, len(self.sizes))
+                progress("capture", done + 1, len(self.sizes))
 
     # a step
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 from engine.config import EngineConfig
 from engine.core.loop import CoreLoop
 from engine.core.messages import CoreReady
+from engine.core.timeline import Timeline
 from engine.executor.base import SameProcess
 from engine.memory import MemoryPlan, check_pages, plan_memory, report
 from engine.resolve import Resolved, plan_cache, resolve
@@ -59,47 +59,40 @@ def choose_backend(requested: str, device: str) -> Backend:
     return Backend("jax", "no accelerator was found" if device == "auto" else f"--device {device}")
 
 
-class Phases:
-    """Seconds spent in each start-up phase, in order."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._since = time.monotonic()
-
-    def done(self, name: str) -> None:
-        now = time.monotonic()
-        self.seconds[name] = now - self._since
-        self._since = now
-
-
 def start_core(config: EngineConfig, model_path: Path, progress: Progress | None = None) -> tuple[CoreLoop, CoreReady]:
     """Build everything and warm it up. Raises StartupError (one line, with the remedy)."""
-    phases = Phases()
+    timeline = Timeline()
+    timeline.done("process")  # until here: python itself, and what the caller imported and did
+    progress = timeline.watch(progress)
     arch = parse_config(read_config(model_path))
+    timeline.done("config")
     backend = choose_backend(config.backend, config.device)
     runner = load_runner(backend.name)
-    phases.done("import")
+    timeline.done("import")
     device = runner.describe(config.device)
+    timeline.done("describe")
     resolved = resolve(config, arch, device)
     plan = plan_memory(config, resolved, device, runner.memory_plan)
     runner.configure(resolved.runner, Placement())
-    phases.done("configure")
+    timeline.done("configure")
     runner.load(None if config.model.load_format == "dummy" else model_path, progress)
-    phases.done("load")
+    timeline.done("load")
     budget = kv_budget(config, device, runner, plan)
     layout, max_model_len, notes = plan_cache(config, resolved, budget)
     if plan is not None:
         check_pages(config, plan, layout)
     runner.allocate_cache(layout)
-    phases.done("allocate")
+    timeline.done("allocate")
     runner.warm_up(progress)
-    phases.done("warm_up")
+    timeline.done("warm_up")
     scheduler = Scheduler(scheduler_config(config, resolved, max_model_len), layout)
     loop = CoreLoop(scheduler, SameProcess(runner), depth=resolved.runner.max_in_flight)
     facts = ready(resolved, layout, device, max_model_len)
     facts.backend, facts.backend_reason = backend.name, backend.reason
     facts.notes = [*resolved.notes, *notes]
-    facts.startup_s = phases.seconds
+    timeline.done("scheduler")
+    facts.startup_s = timeline.seconds
+    log.info("%s", timeline.table())
     if plan is not None:
         kv_bytes = sum(pool.num_pages * pool.page_bytes for pool in layout.pools)
         peak = runner.memory_peak()
