@@ -31,6 +31,7 @@ from bench.ceilings import copy_bandwidth, linear_rate
 from bench.gpu import LLAMA_8B
 from cuda_kernels.compiles import count, names
 from engine.core.messages import StepOutputs
+from engine.core.timeline import table
 
 ROOT = Path(__file__).resolve().parent.parent
 QWEN3_06B = {
@@ -227,31 +228,30 @@ def model_folder(config: dict[str, Any]) -> Iterator[str]:
 
 
 def start_up() -> None:
-    """Process start to first token, with empty and with warm caches."""
+    """Process start to first token, with empty and with warm caches, and where the time goes."""
     program = (
-        "import sys; sys.path.insert(0, sys.argv[2]); from twinfer import LLM, SamplingParams; "
+        "import json, sys; sys.path.insert(0, sys.argv[2]); from twinfer import LLM, SamplingParams; "
+        "from engine.core.timeline import process_age_s; from cuda_kernels.compiles import count; "
         "llm = LLM(sys.argv[1], load_format='dummy', skip_tokenizer_init=True, max_model_len=32768, backend='torch'); "
+        "ready = process_age_s(); "
         "params = SamplingParams(max_tokens=1, detokenize=False); "
         "llm.generate([{'prompt_token_ids': [5] * 128}], params, use_tqdm=False); "
-        "print({k: round(v, 1) for k, v in llm.ready.startup_s.items()})"
+        "print(json.dumps([llm.ready.startup_s, ready, process_age_s(), count()]), flush=True)"
     )
     with model_folder(LLAMA_8B) as folder, tempfile.TemporaryDirectory() as cache:
         places = {"TRITON_CACHE_DIR": f"{cache}/triton", "TWINFER_CACHE_DIR": f"{cache}/twinfer"}
         for name, theirs in zip(("empty", "warm"), START, strict=True):
-            begun = time.perf_counter()
-            done = subprocess.run(
-                [sys.executable, "-c", program, folder, str(ROOT)],
-                env=os.environ | places,
-                capture_output=True,
-                text=True,
-            )
-            taken = time.perf_counter() - begun
-            told = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1:]
+            command = [sys.executable, "-c", program, folder, str(ROOT)]
+            done = subprocess.run(command, env=os.environ | places, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(done.stderr[-2000:])
+            spans, ready, first_token, variants = json.loads(done.stdout.splitlines()[-1])
             print(
-                f"start to first token, {name} caches  ours {taken:6.1f} s  vLLM {theirs:.0f}"
-                f"  ours/vLLM {taken / theirs:.2f} must 0.50 goal 0.33  {told}",
-                flush=True,
+                f"start to first token, {name} caches  ours {first_token:6.1f} s  vLLM {theirs:.0f}"
+                f"  ours/vLLM {first_token / theirs:.2f} must 0.50 goal 0.33"
+                f"  {variants} kernel variants, spans cover {sum(spans.values()) / ready:.1%} of {ready:.2f} s to ready"
             )
+            print(table({**spans, "first step": first_token - ready}), flush=True)
 
 
 def main(arguments: list[str]) -> int:

@@ -40,15 +40,17 @@ class Timeline:
         return report
 
     def table(self) -> str:
-        return table(self.seconds)
+        return "ready, seconds since the process began\n" + table(self.seconds)
 
 
 def table(seconds: dict[str, float]) -> str:
     """Spans as lines, with their shares of the whole."""
     whole = sum(seconds.values())
-    width = max(map(len, seconds), default=0)
-    lines = [f"  {name:{width}}  {span:7.2f} s  {span / max(whole, 1e-9):6.1%}" for name, span in seconds.items()]
-    return "\n".join([f"ready {whole:.2f} s after the process began", *lines])
+    width = max(map(len, (*seconds, "together")))
+    shares = {**seconds, "together": whole}
+    return "\n".join(
+        f"  {name:{width}}  {span:7.2f} s  {span / max(whole, 1e-9):6.1%}" for name, span in shares.items()
+    )
 
 
 def process_age_s() -> float:

@@ -1,4 +1,4 @@
-"""Kernels that a rehearsal lists and other processes compile are found on disk by the launches proper; no GPU needed."""
+"""Kernels that a rehearsal lists and processes compile are found on disk by the launches proper; no GPU is needed."""
 
 from __future__ import annotations
 

@@ -38,5 +38,5 @@ def test_age_is_that_of_this_process():
 
 def test_table_names_shares():
     lines = table({"load": 1.0, "warm_up": 3.0}).splitlines()
-    assert lines[0] == "ready 4.00 s after the process began"
-    assert lines[2].split() == ["warm_up", "3.00", "s", "75.0%"]
+    assert lines[1].split() == ["warm_up", "3.00", "s", "75.0%"]
+    assert lines[2].split() == ["together", "4.00", "s", "100.0%"]
