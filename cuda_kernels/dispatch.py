@@ -6,11 +6,12 @@ Letters: T tokens · S rows · N query heads · K KV heads · H head size · L l
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
 def quant_linear(x: Tensor, weight: QuantWeight | Parts | WideWeight, bias: Tensor | None) -> Tensor:
     """The same against a weight in few bits."""
     if isinstance(weight, QuantWeight):
-        return quant_reference.linear(x, weight, bias)
+        return quant_products(weight.scheme, x.device).linear(x, weight, bias)
     if isinstance(weight, Parts):
         out = torch.cat([linear(x, part) for part in weight.parts], dim=-1)
     else:
@@ -58,6 +59,17 @@ def quant_linear(x: Tensor, weight: QuantWeight | Parts | WideWeight, bias: Tens
         out = cpu_linear.linear(codes, weight.data, None)
         out = out if scale is None else (out * scale).to(x.dtype)
     return out if bias is None else out + bias
+
+
+@functools.cache
+def quant_products(scheme: str, device: torch.device) -> Any:
+    """The module whose `linear` multiplies a QuantWeight here: quant_linear or quant_reference."""
+    if has_fused_kernels(device):
+        from cuda_kernels import quant_linear as kernels  # needs triton
+
+        if kernels.takes(scheme, device):
+            return kernels
+    return quant_reference
 
 
 def pack(weight: Tensor) -> Tensor:

@@ -38,20 +38,25 @@ def linear(x: Tensor, weight: QuantWeight, bias: Tensor | None = None) -> Tensor
 
 
 def rounded_fp8(x: Tensor, act_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x rounded per token, or by act_scale, f32 [1]: (e4m3 [T, I], scales, f32 [T, 1] or [1])."""
-    scale = act_scale if act_scale is not None else row_scale(x, E4M3_MAX)
+    """x rounded per token, or by act_scale, f32 [1]: (e4m3 [T, I], scales, f32 [T, 1])."""
+    scale = row_scale(x, E4M3_MAX, act_scale)
     return (x.float() / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), scale
 
 
 def rounded_int8(x: Tensor, act_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """The same to int8."""
-    scale = act_scale if act_scale is not None else row_scale(x, INT8_MAX)
-    return (x.float() / scale).round_().clamp_(-INT8_MAX - 1, INT8_MAX).to(torch.int8), scale
+    scale = row_scale(x, INT8_MAX, act_scale)
+    return (x.float() / scale).nan_to_num_(0.0).round_().clamp_(-INT8_MAX - 1, INT8_MAX).to(torch.int8), scale
 
 
-def row_scale(x: Tensor, limit: float) -> Tensor:
-    """f32 [T, 1]: what makes the largest number of each row `limit`."""
-    return x.abs().amax(dim=1, keepdim=True).float().clamp(min=SMALLEST) / limit
+def row_scale(x: Tensor, limit: float, act_scale: Tensor | None) -> Tensor:
+    """f32 [T, 1]: act_scale, or what makes the largest number of each row `limit`; NaN where a row is not finite.
+
+    What is not finite must not become a number: so the product is NaN as well.
+    """
+    largest = x.abs().amax(dim=1, keepdim=True).float()
+    scale = largest.clamp(min=SMALLEST) / limit if act_scale is None else act_scale.expand_as(largest)
+    return torch.where(largest.isfinite(), scale, torch.nan)
 
 
 def widened(weight: QuantWeight, dtype: torch.dtype, pack: Callable[[Tensor], Tensor]) -> Tensor | WideWeight:

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cuda_kernels import fused, small_linear
+from cuda_kernels import dispatch, fused, quant_linear, small_linear
 from cuda_kernels.gpu_attention import GpuWork, HeadSpec, attend
-from cuda_kernels.quant_weight import Weight
+from cuda_kernels.quant_weight import Parts, QuantWeight, Weight, WideWeight
 from engine.specs import arch
 from torch_models.decoder import Decoder, Layer
+from torch_models.ffn import GatedFfn
 from torch_models.layers import embed
-from torch_models.linear import linear
 
 Turns = dict[arch.RopeSpec | None, tuple[Tensor | None, Tensor | None]]
 
@@ -58,7 +58,7 @@ class FusedDecoder:
         if isinstance(self.head, Tensor):
             logits = small_linear.head(x, self.final_norm, norm.eps, norm.offset, self.head, out=out)
         else:
-            scores = linear(fused.rms_norm(x, self.final_norm, norm.eps, norm.offset), self.head)
+            scores = norm_linear(x, self.final_norm, norm, self.head, None)
             logits = scores.float() if out is None else out.copy_(scores)
         return capped(logits, spec)
 
@@ -103,40 +103,65 @@ def run_layer(
         mixed = product(mixed, mixer.o, mixer.o_bias)
         x = x + fused.rms_norm(mixed, layer.post_attn_norm, norms.eps, norms.offset)
     else:
-        x = linear_add(mixed, mixer.o, mixer.o_bias, x)
-    gated = norm_gated(x, layer.ffn_norm, norms, ffn.gate_up, ffn.gate_up_bias, ffn.spec.activation)
+        x = product(mixed, mixer.o, mixer.o_bias, x)
     if norms.sandwich:
-        fed = product(gated, ffn.down, ffn.down_bias)
+        fed = feed(x, layer.ffn_norm, norms, ffn, None)
         return x + fused.rms_norm(fed, layer.post_ffn_norm, norms.eps, norms.offset)
-    return linear_add(gated, ffn.down, ffn.down_bias, x)
+    return feed(x, layer.ffn_norm, norms, ffn, x)
 
 
-# small_linear takes plain weights; one in few bits is a product of its own between a norm and a gate kernel.
+def feed(x: Tensor, norm: Tensor, norms: arch.Norms, ffn: GatedFfn, residual: Tensor | None) -> Tensor:
+    """residual + down(act(gate) * up) of rms_norm(x). x: [T, D]; norm: f32 [D] -> [T, D]."""
+    activation = ffn.spec.activation
+    if isinstance(ffn.gate_up, Tensor):
+        hidden = small_linear.norm_gated(x, norm, norms.eps, norms.offset, ffn.gate_up, ffn.gate_up_bias, activation)
+        if isinstance(ffn.down, Tensor):
+            return product(hidden, ffn.down, ffn.down_bias, residual)
+        return fused_quant_linear(hidden, ffn.down, ffn.down_bias, residual)
+    hidden = norm_linear(x, norm, norms, ffn.gate_up, ffn.gate_up_bias)
+    if isinstance(ffn.down, Tensor):
+        return product(fused.gated(hidden, activation), ffn.down, ffn.down_bias, residual)
+    return fused_quant_linear(hidden, ffn.down, ffn.down_bias, residual, activation=activation)
 
 
-def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """x @ weight.T + bias. x: [T, I]; weight: [O, I]; bias: [O] -> [T, O]."""
-    return small_linear.linear(x, weight, bias) if isinstance(weight, Tensor) else linear(x, weight, bias)
+# small_linear takes plain weights, whose products are one launch; one in few bits takes two.
 
 
-def linear_add(x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor) -> Tensor:
-    """residual + x @ weight.T + bias. residual: [T, O], the caller's no more -> [T, O]."""
-    if isinstance(weight, Tensor):
-        return small_linear.linear_add(x, weight, bias, residual)
-    return residual.add_(linear(x, weight, bias))
+def fused_quant_linear(
+    x: Tensor,
+    weight: QuantWeight | Parts | WideWeight,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    *,
+    norm: tuple[Tensor, float, float] | None = None,
+    activation: str = "",
+) -> Tensor:
+    """residual + rms_norm(x) @ weight.T + bias, or act(gate) * up in the place of the norm.
+
+    x: [T, I], with an activation [T, 2 I]; weight: [O, I]; residual: [T, O], the caller's no more; norm: weight f32
+    [I], eps, offset.
+    """
+    if isinstance(weight, QuantWeight) and dispatch.quant_products(weight.scheme, x.device) is quant_linear:
+        return quant_linear.linear(x, weight, bias, residual, norm=norm, activation=activation)
+    if norm is not None:
+        x = fused.rms_norm(x, *norm)
+    elif activation:
+        x = fused.gated(x, activation)
+    out = dispatch.linear(x, weight, bias)
+    return out if residual is None else residual.add_(out)
+
+
+def product(x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    """residual + x @ weight.T + bias. x: [T, I]; weight: [O, I]; residual: [T, O], the caller's no more -> [T, O]."""
+    if not isinstance(weight, Tensor):
+        return fused_quant_linear(x, weight, bias, residual)
+    if residual is None:
+        return small_linear.linear(x, weight, bias)
+    return small_linear.linear_add(x, weight, bias, residual)
 
 
 def norm_linear(x: Tensor, norm: Tensor, norms: arch.Norms, weight: Weight, bias: Tensor | None) -> Tensor:
     """rms_norm(x) @ weight.T + bias. x: [T, I]; norm: f32 [I]; weight: [O, I] -> [T, O]."""
     if isinstance(weight, Tensor):
         return small_linear.norm_linear(x, norm, norms.eps, norms.offset, weight, bias)
-    return linear(fused.rms_norm(x, norm, norms.eps, norms.offset), weight, bias)
-
-
-def norm_gated(
-    x: Tensor, norm: Tensor, norms: arch.Norms, gate_up: Weight, bias: Tensor | None, activation: str
-) -> Tensor:
-    """act(gate) * up of rms_norm(x). x: [T, I]; norm: f32 [I]; gate_up: [2F, I]; bias: [2F] -> [T, F]."""
-    if isinstance(gate_up, Tensor):
-        return small_linear.norm_gated(x, norm, norms.eps, norms.offset, gate_up, bias, activation)
-    return fused.gated(norm_linear(x, norm, norms, gate_up, bias), activation)
+    return fused_quant_linear(x, weight, bias, norm=(norm, norms.eps, norms.offset))

@@ -9,13 +9,12 @@ Letters: T tokens of a step · S rows · L sampling rows · D width · F ffn wid
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import prod
 
 from backends.torch.eager import SCORE_BYTES
 from backends.torch.gpu_sample import PIECE_BYTES
 from backends.torch.graphs import capture_sizes
-from backends.torch.quant_weights import kept_sizes
+from backends.torch.quant_weights import kept_sizes, product_bytes
 from backends.torch.weights import storage, stored_name
 from cuda_kernels import attention_decode, invariant_attention, sampler, score, small_linear
 from cuda_kernels.candidates import SPAN
@@ -61,13 +60,8 @@ def weight_bytes(config: RunnerConfig) -> int:
 
 
 def unpacked_bytes(config: RunnerConfig, tokens: int) -> int:
-    """quant_reference.linear: the largest weight in few bits as plain numbers, once in f32 and once as it is used;
-    its inputs and outputs in f32, three times each.
-    """
-    item = DTYPE_BYTES[config.dtype]
-    shapes = {name: shape for name, _, shape in storage(replace(config.arch, quant=None)).values()}
-    kept = [shapes[name] for name in kept_sizes(config.arch, stored_name, item)]
-    return max((rows * inner * (4 + item) + 12 * tokens * (rows + inner) for rows, inner in kept), default=0)
+    """Products with weights in few bits: rounded inputs, or a weight as plain numbers."""
+    return product_bytes(config, stored_name, DTYPE_BYTES[config.dtype], tokens)
 
 
 def layer_bytes(layer: LayerSpec, width: int, tokens: int, item: int, invariant: bool) -> int:

@@ -12,12 +12,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cuda_kernels.dispatch import settle
+from backends.torch.device import choose_device
+from cuda_kernels import quant_reference
+from cuda_kernels.dispatch import quant_products, settle
 from cuda_kernels.quant_layout import joined, nibble_weight, plain_weight, round_to_fp8
 from cuda_kernels.quant_weight import QuantWeight, Weight
+from engine.runner import RunnerConfig
 from engine.specs.arch import ArchSpec
 from engine.specs.quant import BLOCK, WeightQuant
 from engine.specs.weights import ParamSpec, param_table
+
+MOST_ROWS = 128  # of quant_linear.py's own kernels; more may take a weight turned back
 
 
 class QuantLoad:
@@ -74,6 +79,34 @@ def kept_sizes(arch: ArchSpec, stored: Callable[[str], str], item: int) -> dict[
             parts = part_sizes(quants.get(param.name), param.shape[0], param.shape[1], item)
             sizes.setdefault(stored(param.name), []).extend(parts)
     return sizes
+
+
+def product_bytes(config: RunnerConfig, stored: Callable[[str], str], item: int, tokens: int) -> int:
+    """What the largest product with a weight in few bits takes beside its inputs and its result. item: bytes of x's."""
+    arch, device = config.arch, choose_device(config.device)
+    quants = {param.weight: param.quant for param in param_table(arch) if param.quant is not None}
+    forms: dict[str, set[WeightQuant | None]] = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    for param in param_table(replace(arch, quant=None)):
+        if len(param.shape) == 2:
+            name = stored(param.name)
+            forms.setdefault(name, set()).add(quants.get(param.name))
+            shapes[name] = (shapes.get(name, (0, 0))[0] + param.shape[0], param.shape[1])
+    kept = [name for name, found in forms.items() if found != {None}]
+    return max((scratch_bytes(forms[name], shapes[name], item, tokens, device) for name in kept), default=0)
+
+
+def scratch_bytes(
+    forms: set[WeightQuant | None], shape: tuple[int, int], item: int, tokens: int, device: torch.device
+) -> int:
+    """Of one product. forms: of its parts; shape: (O, I) of all."""
+    rows, inner = shape
+    quants = [quant for quant in forms if quant is not None]
+    if any(quant_products(quant.scheme, device) is quant_reference for quant in quants):
+        return rows * inner * (4 + item) + 12 * tokens * (rows + inner)
+    apart = len(forms) > 1 or any(quant.act_order or quant.per == "block" for quant in quants)  # outputs are joined
+    turned = tokens > MOST_ROWS and any(quant.act == "none" for quant in quants)
+    return tokens * (inner + rows * apart) * item + turned * rows * inner * item
 
 
 def part_sizes(quant: WeightQuant | None, rows: int, columns: int, item: int) -> list[int]:

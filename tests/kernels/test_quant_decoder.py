@@ -139,3 +139,17 @@ def bytes_of(weight: Any) -> int:
     if isinstance(weight, Parts):
         return sum(map(bytes_of, weight.parts))
     return weight.num_bytes if isinstance(weight, QuantWeight) else weight.numel() * weight.element_size()
+
+
+def test_products_take_what_was_planned() -> None:
+    """Beside a plain model's: 4 bits turned back where rows are many, rounded inputs; nothing of a plain model."""
+    config = Driver(Runner(), kept("awq"), warm=False).config
+    down = 64 * 96 * 4  # f32
+    gate_up = 2 * down
+    assert memory.unpacked_bytes(config, 200) == max(gate_up + 200 * 64 * 4, down + 200 * 96 * 4)
+    assert memory.unpacked_bytes(config, 100) == 100 * 96 * 4  # of down
+    fp8 = replace(config, arch=kept("fp8"))
+    assert memory.unpacked_bytes(fp8, 200) == 200 * 96 * 4
+    some = replace(config, arch=kept("some"))  # q, k and v apart: their outputs are joined
+    assert memory.unpacked_bytes(some, 100) == 100 * (64 + 128) * 4
+    assert memory.unpacked_bytes(replace(config, arch=replace(config.arch, quant=None)), 200) == 0
