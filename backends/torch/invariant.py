@@ -60,7 +60,9 @@ class InvariantGraphs(DecodeGraphs):
         loaded, size = self._loaded, len(slots)
         works = []
         for group, pages, kinds in zip(loaded.layout.groups, loaded.tables.pages, heads_of(loaded), strict=True):
-            page = pages[slots, begun.positions // group.page_tokens]
+            # a rehearsal leaves positions unwritten: they must not lead outside the table
+            column = (begun.positions // group.page_tokens).clamp(0, pages.shape[1] - 1)
+            page = pages[slots, column]
             works.append(
                 InvariantWork(
                     page_table=pages,

@@ -14,16 +14,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.kernels.interpreter import DEVICE  # before triton
 
 pytest.importorskip("triton")
 
+from backends.torch.runner import Runner
+from cuda_kernels.step_begin import DecodeStart
 from engine.config import CacheConfig, EngineConfig, ModelConfig, ScheduleConfig
 from engine.core.loop import CoreLoop
 from engine.core.messages import AddRequest, StepOutputs
 from engine.core.start import start_core
 from engine.params import SamplingParams
+from tests.backends.driver import Driver
 
 COMMON = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -129,3 +133,13 @@ def test_in_every_company(name: str, tmp_path: Path) -> None:
     same(serve(loop, range(len(LENGTHS))), alone)  # in chunks, and preempted
     assert loop.scheduler.stats().num_preemptions
     loop.shutdown()
+
+
+def test_a_rehearsed_step_reads_positions_that_nothing_wrote() -> None:
+    """compile_ahead.rehearsal launches no kernel of ours, but torch's own indexing runs."""
+    driver = Driver(Runner(), batch_invariant=True, warm=False, device=DEVICE.type)
+    graphs = driver.runner._work._graphs
+    wild = torch.tensor([-5, 1 << 30, 7], dtype=torch.int32, device=DEVICE)
+    begun = DecodeStart(ids=wild, bad=wild, positions=wild, lengths=wild, turns=(), x=wild)
+    (work,) = graphs.works(begun, torch.zeros(3, dtype=torch.int32, device=DEVICE))
+    assert work.write_at.shape == (3,)
