@@ -25,7 +25,7 @@ from engine.specs.weights import DTYPE_BYTES
 
 MIB = 1 << 20
 SMALL, LARGE_STEP = MIB, 2 * MIB  # torch's allocator: larger blocks may keep up to a MiB that nobody asked for
-LIBRARY_BYTES = 384 * MIB  # cuBLAS workspaces, and 268 MiB that an H200's driver took for kernels and graphs of an 8B model
+LIBRARY_BYTES = 384 * MIB  # cuBLAS workspaces; 268 MiB of an H200's driver, for kernels and graphs of an 8B model
 SAMPLER_COPIES = 8  # of a piece of the logits, alive at once with every processor on
 ROUNDING_BYTES = 8 * MIB  # of the tensors that are alive at once
 SPLIT_BYTES = 32 * MIB  # partial sums of products of few rows
