@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cuda_kernels.small_linear_kernels import activate, arrive, gather, leave
+from cuda_kernels.small_linear_kernels import LINE, activate, arrive, gather, leave, request
 
 BLOCK = tl.constexpr(128)  # of quant_weight.py
 NONE, TOKEN, FIXED, BLOCKS = 0, 1, 2, 3  # how inputs are rounded
@@ -175,6 +175,25 @@ def square_step(
 
 
 @triton.jit
+def ask(weights, begin, WIDTH: tl.constexpr, REQUEST: tl.constexpr, DEPENDENT: tl.constexpr):
+    """Weights are nobody's result: the first cache lines of each row come to the L2 cache while a program waits."""
+    if DEPENDENT and REQUEST > 0:
+        PER_LINE: tl.constexpr = LINE // (weights.dtype.element_ty.primitive_bitwidth // 8)
+        starts = begin + tl.arange(0, REQUEST) * PER_LINE
+        request(weights + tl.minimum(starts, WIDTH - 1)[None, :], 0, False)
+
+
+@triton.jit
+def part_of(rows, columns, WIDTH: tl.constexpr, EVEN: tl.constexpr, POLICY: tl.constexpr):
+    """[R, B], columns [B] of the rows that begin at `rows`, [R, 1]; 0 behind WIDTH."""
+    if EVEN:
+        part = tl.load(rows + columns[None, :], eviction_policy=POLICY)
+    else:
+        part = tl.load(rows + columns[None, :], mask=(columns < WIDTH)[None, :], other=0.0, eviction_policy=POLICY)
+    return part
+
+
+@triton.jit
 def scaled(sums, scale, x_scales, clamped, row_at, BY_OUTPUT: tl.constexpr, BY_ROW: tl.constexpr):
     """sums times what all of an output or of a row share. sums: [BO, BT]; clamped: [BO]; row_at: [BT]."""
     if BY_OUTPUT:
@@ -207,6 +226,7 @@ def product_kernel(
     BLOCK_ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
+    REQUEST: tl.constexpr,  # cache lines of a row asked for before the wait, a power of two or 0
     NATIVE: tl.constexpr,  # e4m3 by e4m3 as it is (sm_90), promoted to f32 every 128 inputs; else in fp16
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
@@ -226,6 +246,7 @@ def product_kernel(
     clamped = tl.minimum(at, num_out - 1)
     begin = split * SHARE
     weights = data + clamped[:, None].to(tl.int64) * WIDTH
+    ask(weights, begin, WIDTH, REQUEST, DEPENDENT)
     arrive(DEPENDENT)
     row = first_row + tl.arange(0, BLOCK_ROWS)
     row_at = tl.minimum(row, num_rows - 1)
@@ -233,16 +254,9 @@ def product_kernel(
     sums = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.int32 if INTEGER else tl.float32)
     for k in tl.range(0, SHARE, BLOCK_IN, num_stages=STAGES):
         inner = begin + k + tl.arange(0, BLOCK_IN)
-        inside = inner < WIDTH
-        if EVEN:
-            w = tl.load(weights + inner[None, :], eviction_policy="evict_first")
-        else:
-            w = tl.load(weights + inner[None, :], mask=inside[None, :], other=0.0, eviction_policy="evict_first")
+        w = part_of(weights, inner, WIDTH, EVEN, "evict_first")
         columns = (begin + k) * PACK + tl.arange(0, BLOCK_IN * PACK)
-        if EVEN:
-            a = tl.load(inputs + columns[None, :])
-        else:
-            a = tl.load(inputs + columns[None, :], mask=(columns < INNER)[None, :], other=0.0)
+        a = part_of(inputs, columns, INNER, EVEN, "")
         if GROUP > 0:
             first = tl.minimum((begin + k) * 8, INNER - 1) // GROUP
             sums = nibble_step(sums, w, a, scale, zeros, clamped, first, INNER, GROUP, KIND)

@@ -9,7 +9,7 @@ quant_reference.py. Letters: T rows · I in · O out.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -38,6 +38,7 @@ class Plan:
     splits: int
     stages: int
     warps: int
+    request: int = 4  # cache lines of each row of weights asked for while the kernel in front still runs
     native: bool = False  # e4m3 by e4m3 without a turn to float16
 
 
@@ -118,8 +119,8 @@ def product(
         out, partials, counters, rows, outputs,
         INNER=inner, GROUP=weight.group, MODE=MODES[weight.act], SQUARES=weight.scheme == "fp8_block",
         BLOCK_IN=plan.block_in, BLOCK_OUT=plan.block_out, BLOCK_ROWS=block_rows, SPLITS=plan.splits,
-        STAGES=plan.stages, NATIVE=plan.native, BIAS=bias is not None, RESIDUAL=residual is not None,
-        **launch_options(x, plan.warps),
+        STAGES=plan.stages, REQUEST=plan.request, NATIVE=plan.native,
+        BIAS=bias is not None, RESIDUAL=residual is not None, **launch_options(x, plan.warps),
     )  # fmt: skip
     return out
 
@@ -129,23 +130,31 @@ def plan_of(rows: int, weight: QuantWeight, device: torch.device) -> Plan:
 
     More than MOST_ROWS rows are one class: nothing else is compiled for another number of them.
     """
-    outputs, inner = weight.shape
-    native = weight.scheme.startswith("fp8") and weight.act != "none" and rows > 8 and has_wide_fp8(device)
-    block_out, block_in, stages, warps = 64, BLOCK, 4, 4
-    if weight.scheme == "w4":
-        block_in = TILE
-    elif rows > 64:
-        block_out, warps = 128, 8
-    elif native:
-        block_out, stages = (64, 6) if weight.scheme == "fp8" else (128 if rows > 16 else 64, 4)
-    elif rows > 8 and weight.scheme.startswith("fp8"):  # turning numbers costs more than streaming them
-        block_out = 32
-    blocks = triton.cdiv(inner // (8 if weight.scheme == "w4" else 1), block_in)
-    tiles = triton.cdiv(outputs, block_out)
-    splits = 2 if weight.scheme == "w4" and 8 < rows <= 32 else 1
+    plan = tiles_of(rows, weight, device)
+    blocks = triton.cdiv(weight.data.shape[1], plan.block_in)
+    tiles = triton.cdiv(weight.shape[0], plan.block_out)
+    splits = plan.splits
     while rows <= MOST_ROWS and 2 * splits * tiles <= 2 * multiprocessors(device) and 4 * splits <= blocks:
         splits *= 2
-    return Plan(block_in=block_in, block_out=block_out, splits=splits, stages=stages, warps=warps, native=native)
+    return replace(plan, splits=splits)
+
+
+def tiles_of(rows: int, weight: QuantWeight, device: torch.device) -> Plan:
+    """The plan of a weight with enough tiles for the whole chip; as measured on an H200, 8B shapes."""
+    if weight.scheme == "w4":
+        return Plan(block_in=TILE, block_out=64, splits=2 if 8 < rows <= 32 else 1, stages=4, warps=4)
+    rounded_fp8 = weight.scheme.startswith("fp8") and weight.act != "none"
+    native = rounded_fp8 and rows > 8 and has_wide_fp8(device)
+    if rows > 64:
+        return Plan(block_in=BLOCK, block_out=128, splits=1, stages=4, warps=8, native=native)
+    block_out, stages = 64, 4
+    if native and weight.scheme == "fp8":
+        stages = 6
+    elif native and rows > 16:
+        block_out = 128
+    elif rows > 8 and not native and weight.scheme != "int8":  # turning numbers costs more than streaming them
+        block_out = 32
+    return Plan(block_in=BLOCK, block_out=block_out, splits=1, stages=stages, warps=4, native=native)
 
 
 def has_tiles(weight: QuantWeight) -> bool:

@@ -190,7 +190,14 @@ def compiled(arch: int, data: str, rows: int) -> Kernel:
     types |= {"num_rows": "i32", "num_out": "i32"}
     constants = {"INNER": 4096, "GROUP": 128 if scheme == "w4" else 0, "MODE": mode, "SQUARES": squares}
     constants |= {"BLOCK_IN": plan.block_in, "BLOCK_OUT": plan.block_out, "BLOCK_ROWS": max(rows, 8), "SPLITS": 2}
-    constants |= {"STAGES": plan.stages, "NATIVE": plan.native, "BIAS": True, "RESIDUAL": True, "DEPENDENT": arch >= 90}
+    constants |= {
+        "STAGES": plan.stages,
+        "REQUEST": plan.request,
+        "NATIVE": plan.native,
+        "BIAS": True,
+        "RESIDUAL": True,
+        "DEPENDENT": arch >= 90,
+    }
     return ("cuda_kernels.quant_kernels", "product_kernel", types, constants, arch, {"num_warps": plan.warps})
 
 
