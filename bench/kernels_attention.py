@@ -70,8 +70,8 @@ def paged(rows: list[int], heads: int, kv_heads: int, head_size: int, layers: in
 def decode_line(
     name: str, rows: list[int], peak: float, heads: int = 32, kv_heads: int = 8, size: int = 128,
     dtype: torch.dtype = torch.bfloat16,
-) -> None:  # fmt: skip
-    """Pages of `dtype`; a row of the batch sees as many keys as `rows` says."""
+) -> float:  # fmt: skip
+    """Microseconds. Pages of `dtype`; a row of the batch sees as many keys as `rows` says."""
     key_bytes = 2 * kv_heads * size * dtype.itemsize * sum(rows)
     layers = max(2, min(64, int(2.5e9 / key_bytes)))
     step = paged(rows, heads, kv_heads, size, layers, dtype)
@@ -89,6 +89,16 @@ def decode_line(
     took = replay_us([launch(i % layers) for i in range(max(8, layers))])
     rate = key_bytes / took * 1e6
     print(f"decode {name:24} {took:8.1f} us  {rate / 1e9:6.0f} GB/s {100 * rate / peak:4.0f} %", flush=True)
+    return took
+
+
+def context_lines(peak: float, heads: int = 32, kv_heads: int = 8, size: int = 128) -> None:
+    """One row from 1k to 128k keys, and the time that keys beyond 1k add over the time of their bytes."""
+    contexts = [1024 * 2**i for i in range(8)]
+    took = [decode_line(f"1 x {n}", [n], peak, heads, kv_heads, size) for n in contexts]
+    for n, us in zip(contexts[1:], took[1:], strict=True):
+        bytes_us = 4 * kv_heads * size * (n - contexts[0]) / peak * 1e6
+        print(f"added by {n} keys: {us - took[0]:6.1f} us, {(us - took[0]) / bytes_us:.2f} x their bytes", flush=True)
 
 
 def prefill_line(name: str, new: list[int], before: list[int], heads: int = 32, kv_heads: int = 8, size: int = 128):
@@ -133,12 +143,13 @@ def main(wanted: list[str]) -> None:
     print(f"{torch.cuda.get_device_name()}: copies {peak / 1e9:.0f} GB/s", flush=True)
     if not wanted or "decode" in wanted:
         decode_line("1 x 200", [200], peak)
-        decode_line("1 x 131072", [131072], peak)
+        context_lines(peak)
         decode_line("64 x 2048", [2048] * 64, peak)
         decode_line("256 x 150", [150] * 256, peak)
         decode_line("256 x 256", [256] * 256, peak)
         decode_line("256 x 200..300 + 16k", [200 + i % 100 for i in range(255)] + [16384], peak)
         decode_line("64 x 2048, e4m3", [2048] * 64, peak, dtype=torch.float8_e4m3fn)
+        decode_line("256 x 256, e4m3", [256] * 256, peak, dtype=torch.float8_e4m3fn)
         decode_line("16 x 1024", [1024] * 16, peak)
         decode_line("1 x 200, 16 / 8 heads", [200], peak, heads=16)
     if not wanted or "prefill" in wanted:

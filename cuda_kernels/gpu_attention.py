@@ -2,6 +2,7 @@
 
 Query-key norm, rope, cache write and attention, called by torch_models/fused.py. A step in which every row has one
 token takes one launch (`decode_attention`), any other step two (`rope_and_write`, `ragged_attention`). Needs triton.
+Pages of e4m3 hold keys and values as they are, saturated at 448: the scales that the kernels take stay 1 here.
 Letters: T tokens · S rows · N query heads · K KV heads · H head size · R rotary size · L layers of a pool · P pages.
 """
 
