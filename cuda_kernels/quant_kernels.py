@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cuda_kernels.small_linear_kernels import LINE, activate, arrive, gather, leave, request
+from cuda_kernels.small_linear_kernels import activate, arrive, gather, leave
 
 BLOCK = tl.constexpr(128)  # of quant_weight.py
 NONE, TOKEN, FIXED, BLOCKS = 0, 1, 2, 3  # how inputs are rounded
@@ -175,15 +175,6 @@ def square_step(
 
 
 @triton.jit
-def ask(weights, begin, WIDTH: tl.constexpr, REQUEST: tl.constexpr, DEPENDENT: tl.constexpr):
-    """Weights are nobody's result: the first cache lines of each row come to the L2 cache while a program waits."""
-    if DEPENDENT and REQUEST > 0:
-        PER_LINE: tl.constexpr = LINE // (weights.dtype.element_ty.primitive_bitwidth // 8)
-        starts = begin + tl.arange(0, REQUEST) * PER_LINE
-        request(weights + tl.minimum(starts, WIDTH - 1)[None, :], 0, False)
-
-
-@triton.jit
 def part_of(rows, columns, WIDTH: tl.constexpr, EVEN: tl.constexpr, POLICY: tl.constexpr):
     """[R, B], columns [B] of the rows that begin at `rows`, [R, 1]; 0 behind WIDTH."""
     if EVEN:
@@ -226,7 +217,6 @@ def product_kernel(
     BLOCK_ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
-    REQUEST: tl.constexpr,  # cache lines of a row asked for before the wait, a power of two or 0
     NATIVE: tl.constexpr,  # e4m3 by e4m3 as it is (sm_90), promoted to f32 every 128 inputs; else in fp16
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
@@ -246,7 +236,6 @@ def product_kernel(
     clamped = tl.minimum(at, num_out - 1)
     begin = split * SHARE
     weights = data + clamped[:, None].to(tl.int64) * WIDTH
-    ask(weights, begin, WIDTH, REQUEST, DEPENDENT)
     arrive(DEPENDENT)
     row = first_row + tl.arange(0, BLOCK_ROWS)
     row_at = tl.minimum(row, num_rows - 1)

@@ -38,7 +38,6 @@ class Plan:
     splits: int
     stages: int
     warps: int
-    request: int = 4  # cache lines of each row of weights asked for while the kernel in front still runs
     native: bool = False  # e4m3 by e4m3 without a turn to float16
 
 
@@ -119,7 +118,7 @@ def product(
         out, partials, counters, rows, outputs,
         INNER=inner, GROUP=weight.group, MODE=MODES[weight.act], SQUARES=weight.scheme == "fp8_block",
         BLOCK_IN=plan.block_in, BLOCK_OUT=plan.block_out, BLOCK_ROWS=block_rows, SPLITS=plan.splits,
-        STAGES=plan.stages, REQUEST=plan.request, NATIVE=plan.native,
+        STAGES=plan.stages, NATIVE=plan.native,
         BIAS=bias is not None, RESIDUAL=residual is not None, **launch_options(x, plan.warps),
     )  # fmt: skip
     return out

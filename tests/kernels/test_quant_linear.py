@@ -192,7 +192,6 @@ def compiled(arch: int, data: str, rows: int) -> Kernel:
     constants |= {"BLOCK_IN": plan.block_in, "BLOCK_OUT": plan.block_out, "BLOCK_ROWS": max(rows, 8), "SPLITS": 2}
     constants |= {
         "STAGES": plan.stages,
-        "REQUEST": plan.request,
         "NATIVE": plan.native,
         "BIAS": True,
         "RESIDUAL": True,
