@@ -5,7 +5,6 @@ processes start while weights load; a rehearsal of the warm-up, in which no kern
 it would compile; the processes compile them by their signatures, and the warm-up proper finds them on disk. What a
 process fails at the warm-up compiles itself. A note in the cache says that a configuration has been compiled: then no
 process is started. Called by backends/torch/gpu.py. Needs triton.
-    python -m cuda_kernels.compile_ahead: one such process; a job a line comes in, an answer a line goes out.
 """
 
 from __future__ import annotations
@@ -16,56 +15,20 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 import triton
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
 from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction, convert_to_tuple_if_list
+
+from cuda_kernels.compile_jobs import FOLDER, Job
 
 log = logging.getLogger("twinfer.compile")
-FOLDER = Path(__file__).parent
 MOST_PROCESSES = 16
 LEAST_PROCESSES = 2  # fewer gain nothing
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A variant of a kernel."""
-
-    module: str
-    name: str
-    data: str  # triton's own description: signature, constants, attributes, options
-
-
-@contextmanager
-def rehearsal() -> Iterator[dict[str, Job]]:
-    """Inside, a launch runs nothing and compiles nothing: what it would compile is listed."""
-    jobs: dict[str, Job] = {}
-
-    def ask(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:  # the names are triton's
-        data = compile["specialization_data"]
-        jobs[f"{fn.module}.{fn.name} {data}"] = Job(fn.module, fn.name, data)
-        return True  # do not compile
-
-    def without_launch(kernel: Any, *args: Any, **options: Any) -> Any:
-        return launch(kernel, *args, **{**options, "warmup": True})
-
-    launch, former = JITFunction.run, knobs.runtime.jit_cache_hook
-    JITFunction.run, knobs.runtime.jit_cache_hook = without_launch, ask  # type: ignore[method-assign]
-    try:
-        yield jobs
-    finally:
-        JITFunction.run, knobs.runtime.jit_cache_hook = launch, former  # type: ignore[method-assign]
 
 
 class Compilers:
@@ -75,7 +38,7 @@ class Compilers:
         """note: a file to leave when all is compiled."""
         self._note = note
         path = os.pathsep.join(filter(None, (str(FOLDER.parent), os.environ.get("PYTHONPATH"))))
-        command = [sys.executable, "-m", "cuda_kernels.compile_ahead"]
+        command = [sys.executable, "-m", "cuda_kernels.compile_jobs"]
         environ = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._processes = [subprocess.Popen(command, env=environ, **pipes) for _ in range(num_processes)]
@@ -83,10 +46,9 @@ class Compilers:
     def compile(self, jobs: list[Job], told: Callable[[int, int], None] | None = None) -> None:
         """Returns when all are done. told: (done, total)."""
         target = driver.active.get_current_target()
-        lines = [json.dumps({**asdict(job), "target": [target.backend, target.arch, target.warp_size]}) for job in jobs]
         waiting: SimpleQueue[str] = SimpleQueue()
-        for line in lines:
-            waiting.put(line)
+        for job in jobs:
+            waiting.put(job.line(target))
         answers: SimpleQueue[str | None] = SimpleQueue()
         with ThreadPoolExecutor(len(self._processes)) as pool:
             for process in self._processes:
@@ -121,7 +83,7 @@ def serve(process: subprocess.Popen[str], waiting: SimpleQueue[str], answers: Si
     """Give a process one job after another; its answers are an error's text, or nothing. None: it takes no more."""
     try:
         while not waiting.empty() and process.stdin is not None and process.stdout is not None:
-            process.stdin.write(waiting.get_nowait() + "\n")
+            process.stdin.write(waiting.get_nowait())
             process.stdin.flush()
             answer = process.stdout.readline()
             if not answer:
@@ -143,7 +105,7 @@ def begin(configuration: str) -> Compilers | None:
 
 def note_of(configuration: str) -> Path:
     """The file that says that all of it has been compiled. It lies in triton's cache, and goes with it."""
-    return Path(knobs.cache.dir) / f"twinfer-{identity(configuration)}"
+    return Path(triton.knobs.cache.dir) / f"twinfer-{identity(configuration)}"
 
 
 def identity(configuration: str) -> str:
@@ -152,45 +114,3 @@ def identity(configuration: str) -> str:
     for path in sorted((*FOLDER.glob("*.py"), *(FOLDER / "data").glob("*.json"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:24]
-
-
-def compile_job(job: Job, target: GPUTarget) -> None:
-    """Compile a variant into the cache: the counterpart of what JITFunction.run does at a first launch."""
-    told = json.loads(job.data)
-    kernel = getattr(import_module(job.module), job.name)
-    constants = zip(told["constant_keys"], told["constant_vals"], strict=True)
-    attributes = {tuple(key): value for key, value in zip(told["attrs_keys"], told["attrs_vals"], strict=True)}
-    signature = {name: convert_to_tuple_if_list(kind) for name, kind in told["signature"].items()}
-    options = {name: tuple(value) if isinstance(value, list) else value for name, value in told["options"].items()}
-    source = ASTSource(kernel, signature, {tuple(key): constant(value) for key, value in constants}, attributes)
-    triton.compile(source, target=target, options=make_backend(target).parse_options(options).__dict__)
-
-
-def constant(value: Any) -> Any:
-    """A constant of a kernel, from JSON."""
-    if isinstance(value, list):
-        return tuple(constant(part) for part in value)
-    if isinstance(value, str) and triton.language.dtype.is_dtype(value):
-        return triton.language.dtype(value)
-    if isinstance(value, dict) and "constexpr" in value:
-        return triton.language.constexpr(value["constexpr"])
-    return value
-
-
-def main() -> None:
-    import cuda_kernels.attention_ragged
-    import cuda_kernels.small_linear  # noqa: F401  imported before the first job comes
-
-    for line in sys.stdin:
-        job = json.loads(line)
-        target = GPUTarget(*job.pop("target"))
-        error = ""
-        try:
-            compile_job(Job(**job), target)
-        except Exception as failure:  # the process's top: told to its parent
-            error = f"{job['name']}: {type(failure).__name__}: {failure}"
-        print(json.dumps(error), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -76,6 +76,8 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("imports", "backends/torch/runner.py"): "joins the rooms of backends/torch to the contract",
     ("imports", "backends/torch/gpu.py"): "joins graphs, fused model and kernels to the steps of a GPU",
     ("imports", "backends/jax/programs.py"): "makes programs of what tables, sampler, forward pass and caches define",
+    ("imports", "cuda_kernels/compile_jobs.py"): "a table of all files with kernels of triton",
+    ("imports", "backends/torch/graphs.py"): "joins the fused model, its kernels and their capture",
     ("imports", "backends/torch/memory.py"): "counts the bytes of every room of backends/torch, with their own sizes",
     ("imports", "engine/core/start.py"): "the composition root: knows every room once, in the order of a start",
 }

@@ -17,9 +17,10 @@ from backends.torch import gpu_sample
 from backends.torch.batch import Batch
 from backends.torch.eager import EagerSteps
 from backends.torch.graphs import DecodeGraphs
+from backends.torch.rehearsal import one_layer_of_each_kind
 from backends.torch.results import Outcome, Scores
 from backends.torch.step import Loaded, Step
-from cuda_kernels import compile_ahead, compiles
+from cuda_kernels import compile_jobs, compiles
 from cuda_kernels.attention_ragged import make_work, query_tile
 from cuda_kernels.gpu_attention import GpuWork
 from engine.errors import fail
@@ -49,9 +50,10 @@ class GpuSteps(EagerSteps):
     def warm_up(self, progress: Progress | None = None) -> None:
         """Capture the decode steps, then run one other step of each size class: every kernel is compiled here."""
         compilers = self._loaded.compilers
+        compile_jobs.prime()
         if compilers is not None:
             told = partial(progress, "compile") if progress is not None else None
-            with compile_ahead.rehearsal() as jobs:
+            with compile_jobs.rehearsal() as jobs, one_layer_of_each_kind(self._fused, self._loaded.places):
                 self._graphs.rehearse()
                 self._warm_others()
             if progress is not None:
