@@ -26,7 +26,6 @@ from cuda_kernels.attention_tiles import (
     fp16_products,
     key_offsets,
     page_of,
-    pair_of,
     request_tile,
     score_factors,
     scores_of,
@@ -173,27 +172,16 @@ def merge(
 
 
 @triton.jit
-def add_tile(
-    q, k, v, seen, top, weight, total, odd, factor, cap, CAP: tl.constexpr, PAIRS: tl.constexpr, ASM: tl.constexpr
-):
-    """A tile of keys and values more. q: [G, H]; k, v: [C, H]; seen: [C]; top, weight: [G]; total: [G, H].
-
-    With PAIRS v: i16 [C, H / 2], and total and odd: [G, H / 2], the sums of the values of even and of odd place.
-    """
+def add_tile(q, k, v, seen, top, weight, total, factor, cap, CAP: tl.constexpr):
+    """A tile of keys and values more. q: [G, H]; k, v: [C, H]; seen: [C]; top, weight: [G]; total: [G, H]."""
     s = scores_of(q, tl.trans(k.to(q.dtype)), factor, cap, CAP)
     s = tl.where(seen[None, :], s, float("-inf"))
     higher = tl.maximum(top, tl.max(s, 1))
     p = tl.exp2(s - higher[:, None])
     kept = tl.exp2(top - higher)
     weight = weight * kept + tl.sum(p, 1)
-    p = p.to(q.dtype)
-    if PAIRS:
-        v_even, v_odd = pair_of(v, ASM)
-        total = tl.dot(p, v_even, total * kept[:, None])
-        odd = tl.dot(p, v_odd, odd * kept[:, None])
-    else:
-        total = tl.dot(p, v.to(q.dtype), total * kept[:, None], input_precision="ieee")
-    return higher, weight, total, odd
+    total = tl.dot(p.to(q.dtype), v.to(q.dtype), total * kept[:, None], input_precision="ieee")
+    return higher, weight, total
 
 
 @triton.jit(
@@ -246,8 +234,6 @@ def decode_kernel(
     SINKS: tl.constexpr,
     STAGES: tl.constexpr,
     FP16: tl.constexpr,  # products in fp16: e4m3 becomes that in one instruction, bf16 in several
-    PAIRS: tl.constexpr,  # e4m3 values are read two at a time: single bytes cannot be turned on their way to a product
-    ASM: tl.constexpr,  # and become fp16 in an instruction of sm_89
     REQUESTS: tl.constexpr,  # tiles asked of the L2 cache before the wait
     EARLY: tl.constexpr,  # the first tile is loaded before the wait
     DEPENDENT: tl.constexpr,
@@ -280,19 +266,14 @@ def decode_kernel(
     keys = tl.arange(0, BLOCK_C)
     dims = tl.arange(0, BLOCK_H)
     inside = dims < HEAD
-    v_from, v_row, v_dims, v_inside = v_pages, HEAD, dims, inside
-    if PAIRS:
-        v_from, v_row = v_pages.to(tl.pointer_type(tl.int16), bitcast=True), HEAD // 2
-        v_dims = tl.arange(0, BLOCK_H // 2)
-        v_inside = v_dims < HEAD // 2
     k_first, v_first, seen_first = 0, 0, 0  # of type, where there are none
     if EARLY:  # earlier steps wrote it: it comes while this waits for the queries
         at = low * BLOCK_C
         seen_first = (at + keys < end) & (at + keys >= begin) & (low < high)
         places = key_offsets(table, ahead, keys, at, end, kv_head, NUM_KV_HEADS, PAGE, HEAD, BLOCK_C)
-        k_at, v_at = places[:, None] + dims[None, :], (places // HEAD * v_row)[:, None] + v_dims[None, :]
-        k_first = tl.load(k_pages + k_at, mask=seen_first[:, None] & inside[None, :], other=0.0)
-        v_first = tl.load(v_from + v_at, mask=seen_first[:, None] & v_inside[None, :], other=0.0)
+        wanted = seen_first[:, None] & inside[None, :]
+        k_first = tl.load(k_pages + places[:, None] + dims[None, :], mask=wanted, other=0.0)
+        v_first = tl.load(v_pages + places[:, None] + dims[None, :], mask=wanted, other=0.0)
         ahead = page_of(table, at + BLOCK_C, end, PAGE, BLOCK_C)
     for tile in tl.static_range(EARLY, REQUESTS):
         at = (low + tile) * BLOCK_C
@@ -337,13 +318,8 @@ def decode_kernel(
         q = tl.load(heads + dims[None, :], mask=some & inside[None, :], other=0.0)
 
     q = for_products(q, FP16)
-    odd = 0.0  # with PAIRS the sums of the values of odd place
-    if PAIRS:
-        total, odd = tl.split(tl.reshape(total, [BLOCK_G, BLOCK_H // 2, 2]))
     if EARLY:
-        top, weight, total, odd = add_tile(
-            q, k_first, v_first, seen_first, top, weight, total, odd, factor, cap, CAP, PAIRS, ASM
-        )
+        top, weight, total = add_tile(q, k_first, v_first, seen_first, top, weight, total, factor, cap, CAP)
     for tile in tl.range(low + EARLY, high, num_stages=STAGES):
         at = tile * BLOCK_C
         position = at + keys
@@ -353,14 +329,9 @@ def decode_kernel(
         page = ahead
         ahead = page_of(table, at + BLOCK_C, end, PAGE, BLOCK_C)
         places = key_offsets(table, page, keys, at, end, kv_head, NUM_KV_HEADS, PAGE, HEAD, BLOCK_C)
-        k_at, v_at = places[:, None] + dims[None, :], (places // HEAD * v_row)[:, None] + v_dims[None, :]
-        k = tl.load(k_pages + k_at, mask=seen[:, None] & inside[None, :], other=0.0)
-        v = tl.load(v_from + v_at, mask=seen[:, None] & v_inside[None, :], other=0.0)
-        top, weight, total, odd = add_tile(
-            q, k, v, seen, top, weight, total, odd, factor, cap, CAP, PAIRS, ASM
-        )  # fmt: skip
-    if PAIRS:
-        total = tl.reshape(tl.join(total, odd), [BLOCK_G, BLOCK_H])
+        k = tl.load(k_pages + places[:, None] + dims[None, :], mask=seen[:, None] & inside[None, :], other=0.0)
+        v = tl.load(v_pages + places[:, None] + dims[None, :], mask=seen[:, None] & inside[None, :], other=0.0)
+        top, weight, total = add_tile(q, k, v, seen, top, weight, total, factor, cap, CAP)
 
     out_at = out + (token.to(tl.int64) * NUM_HEADS + kv_head * GROUP) * HEAD
     if active == 1:
@@ -441,7 +412,6 @@ def launch(
     group_2 = triton.next_power_of_2(group)
     block_s = next(size for size in BLOCKS_OF_ROWS if size >= count)
     linear = cache.is_cuda and head_size == block_h and page % plan.block == 0
-    fp16 = fp16_products(qkv, cache)
     options = {"launch_pdl": True} if dependent else {}
     if plan.registers is not None:
         options["maxnreg"] = plan.registers
@@ -454,7 +424,7 @@ def launch(
         BLOCK_S=block_s, HALF=rotary_half(turn[0], count, head_size), PAGE=page, WINDOW=window or 0,
         FIXED=workspace.fixed_split > 0, NEW=rows is None,
         Q_NORM=q_norm is not None, K_NORM=k_norm is not None, CAP=logit_cap is not None, SINKS=sinks is not None,
-        STAGES=plan.stages, FP16=fp16, PAIRS=fp16, ASM=cache.is_cuda, REQUESTS=plan.requests if linear else 0,
+        STAGES=plan.stages, FP16=fp16_products(qkv, cache), REQUESTS=plan.requests if linear else 0,
         EARLY=int(plan.early), DEPENDENT=dependent, num_warps=plan.warps, **options,
     )  # fmt: skip
 

@@ -36,22 +36,6 @@ def for_products(q, FP16: tl.constexpr):
 
 
 @triton.jit
-def pair_of(x, ASM: tl.constexpr):
-    """Values of even and of odd place -> two fp16 [C, H / 2]. x: i16 [C, H / 2], two e4m3 values in each."""
-    if ASM:
-        even, odd = tl.inline_asm_elementwise(
-            "{ .reg .b16 a, b; .reg .b32 c, d; mov.b32 {a, b}, $2; cvt.rn.f16x2.e4m3x2 c, a; "
-            "cvt.rn.f16x2.e4m3x2 d, b; prmt.b32 $0, c, d, 0x5410; prmt.b32 $1, c, d, 0x7632; }",
-            "=r,=r,r", [x], dtype=(tl.float16, tl.float16), is_pure=True, pack=2,
-        )  # fmt: skip
-    else:  # the bits of 2 ** -8 times the value, in fp16
-        even = (((x & 0x80) << 8) | ((x & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0
-        odd = ((x & -0x8000) | ((x >> 1) & 0x3F80)).to(tl.float16, bitcast=True) * 256.0
-        even, odd = even.to(tl.float16), odd.to(tl.float16)
-    return even, odd
-
-
-@triton.jit
 def page_of(table, at, end, PAGE: tl.constexpr, C: tl.constexpr):
     """The page of a tile that lies in one, asked for a tile ahead: then key loads wait for no other load."""
     page = 0

@@ -15,14 +15,11 @@ POINTERS = {"k_pages": "*bf16", "v_pages": "*bf16", "page_table": "*i32", "slots
 FLOATS = dict.fromkeys(("factor", "cap", "eps", "offset", "k_scale", "v_scale"), "fp32")
 
 
-def decode(arch: int, head: int, new: bool, page: int = 64, window: int = 0, capped: bool = False, sinks: bool = False,
-           pairs: bool = False):  # fmt: skip
+def decode(arch: int, head: int, new: bool, page: int = 64, window: int = 0, capped: bool = False, sinks: bool = False):
     types = POINTERS | FLOATS | {"qkv": "*bf16", "out": "*bf16", "partials": "*fp32", "counters": "*i32"}
     types |= dict.fromkeys(("table_stride", "num_rows", "budget", "fewest_tiles"), "i32")
     types |= {"cos": "*fp32", "sin": "*fp32", "q_norm": "*fp32", "k_norm": "*fp32"} if new else {"rows": "*i32"}
     constants = {x: None for x in ("rows", "cos", "sin", "q_norm", "k_norm", "sinks") if x not in types}
-    if pairs:
-        types |= {"k_pages": "*fp8e4nv", "v_pages": "*fp8e4nv"}
     if sinks:
         types["sinks"] = "*bf16"
         del constants["sinks"]
@@ -31,8 +28,7 @@ def decode(arch: int, head: int, new: bool, page: int = 64, window: int = 0, cap
         "BLOCK_C": 64 if head <= 128 else 32, "BLOCK_Z": 16 if head <= 128 else 8, "GROUP_2": 4, "BLOCK_S": 128,
         "HALF": head // 2 if new else 0, "PAGE": page, "WINDOW": window, "FIXED": False, "NEW": new,
         "Q_NORM": new, "K_NORM": new, "CAP": capped, "SINKS": sinks, "STAGES": 3,
-        "FP16": pairs, "PAIRS": pairs, "ASM": pairs,
-        "REQUESTS": int(page == 64 and head == 128), "EARLY": 1, "DEPENDENT": arch >= 90,
+        "FP16": False, "REQUESTS": int(page == 64 and head == 128), "EARLY": 1, "DEPENDENT": arch >= 90,
     }  # fmt: skip
     return "cuda_kernels.attention_decode", "decode_kernel", types, constants, arch, {"num_warps": 4}
 
@@ -66,7 +62,6 @@ def test_kernels_compile():
     kernels = [
         decode(80, 128, True), decode(90, 128, True), decode(90, 128, False, page=48, window=1000),
         decode(90, 256, True, capped=True), decode(90, 80, True, page=16, sinks=True),
-        decode(90, 128, True, pairs=True), decode(90, 80, False, pairs=True),
         ragged(80, 128), ragged(90, 128), ragged(90, 128, tma=True), ragged(90, 256, page=16, window=512),
         rope(80), rope(90),
     ]  # fmt: skip
@@ -75,7 +70,5 @@ def test_kernels_compile():
         assert not re.search(r"\b(ld|st)\.local", done["ptx"]), name
         if name == "ragged_kernel" and arch == 90:
             assert "wgmma.mma_async" in done["ptx"]
-        if constants.get("PAIRS"):
-            assert "ld.shared.b8" not in done["ptx"]
         if constants.get("DEPENDENT"):
             assert "griddepcontrol.wait" in done["ptx"]
