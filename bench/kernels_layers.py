@@ -2,7 +2,7 @@
 
 The 8B shape by default. Printed beside the whole are the products alone (cuBLAS), the attention alone and the
 elementwise passes alone, each in a graph of its own; what is left is gaps and what kernels take from each other.
-`python bench/kernels_layers.py [--rows 128 256] [--context 256]`.
+`python -m bench.kernels_layers [--rows 128 256] [--context 256]`.
 """
 
 from __future__ import annotations
