@@ -452,11 +452,11 @@ def arguments_of(function: ast.FunctionDef) -> tuple[str, ...]:
 UNPAIRED = {
     "torch_models/fused.py": "the twins' own layer in a GPU's fused launches",
     "torch_models/invariant.py": "the same with one order of sums for every row, by kernels of its own",
+    "torch_models/persistent.py": "a whole decode step of a small model in one GPU launch",
     "jax_models/fused.py": "the same for a few tokens on a CPU: a layer is one C++ call",
 }
 
-# flax.nnx calls a module, torch.nn asks for forward.
-SPELLINGS = {"__call__": "forward"}
+SPELLINGS = {"__call__": "forward"}  # flax.nnx calls a module, torch.nn asks for forward
 
 
 @pytest.mark.parametrize("name", TWINS)

@@ -121,8 +121,7 @@ class GpuSteps(EagerSteps):
             self._loaded.tables.open(plan.opened)
         if plan.copies is not None:
             self.copy_pages(plan)
-        size, inputs = step.graph_inputs
-        self._graphs.forward(size, inputs)
+        self._graphs.forward(*step.graph_inputs)
         step.outcome = Outcome(logits=self._graphs.logits[: plan.num_rows], bad=self._graphs.bad[: plan.num_rows])
 
     def sample(self, step: Step) -> None:

@@ -21,11 +21,14 @@ from backends.torch.rehearsal import one_layer_of_each_kind
 from backends.torch.step import Loaded
 from cuda_kernels import attention_decode
 from cuda_kernels.gpu_attention import GpuWork
+from cuda_kernels.persistent import PersistentDecode
 from cuda_kernels.sampling import end_decode, scan
 from cuda_kernels.step_begin import DecodeStart, begin_decode
+from engine.errors import fail
 from engine.runner import Progress
 from engine.step import StepPlan
-from torch_models.fused import FusedDecoder, Turns
+from torch_models.fused import FusedDecoder, Turns, capped
+from torch_models.persistent import MOST_KEYS, persistent_decode
 
 SLOTS, COMPUTED, TOKENS, DELTAS = 0, 1, 2, 3  # rows of the input buffer; from DELTAS on three a group
 
@@ -72,7 +75,9 @@ class DecodeGraphs:
         self.logits = torch.empty(largest, config.arch.vocab_size, dtype=torch.float32, device=device)
         self.bad = torch.zeros(largest, dtype=torch.int32, device=device)  # 1: the row's id was outside the vocabulary
         self.workspace = self.make_workspace(largest)
+        self._one_launch = self.make_one_launch()
         self._forwards: dict[int, Callable[[], None]] = {}
+        self._shorts: dict[int, Callable[[], None]] = {}  # of few rows and keys, if one launch does all
         self._endings: dict[int, Callable[[], None]] = {}
 
     # what a room with other kernels does in its own way
@@ -82,6 +87,10 @@ class DecodeGraphs:
         mixers = [layer.mixer for layer in self._loaded.config.arch.layers]
         heads, size = max(mixer.num_heads for mixer in mixers), max(mixer.head_size for mixer in mixers)
         return attention_decode.make_workspace(rows, heads, size, self._loaded.tables.device)
+
+    def make_one_launch(self) -> PersistentDecode | None:
+        """The kernel of a whole step, for models that are small enough."""
+        return persistent_decode(self._fused, self._loaded.caches, self._loaded.places)
 
     def turns(self, begun: DecodeStart) -> Turns:
         """cos and sin of each kind of rope."""
@@ -105,6 +114,8 @@ class DecodeGraphs:
         pool, stream = None, torch.cuda.Stream() if self._inputs.is_cuda else None
         for done, size in enumerate(reversed(self.sizes)):
             bodies = [(self._forwards, partial(self._forward, size)), (self._endings, partial(self._end, size))]
+            if self._one_launch is not None and size <= self._one_launch.most_rows:
+                bodies.append((self._shorts, partial(self._short, size)))
             if stream is not None:
                 self._inputs[: self._lines * size].copy_(self._fill(size, None))
                 with one_layer_of_each_kind(self._fused, self._loaded.places):
@@ -120,15 +131,16 @@ class DecodeGraphs:
 
     # a step
 
-    def prepare(self, plan: StepPlan) -> tuple[int, Tensor]:
-        """(size, pinned inputs). Everything is copied out of the plan."""
+    def prepare(self, plan: StepPlan) -> tuple[int, Tensor, bool]:
+        """(size, pinned inputs, whether one launch does the step). Everything is copied out of the plan."""
         size = self.sizes[bisect_left(self.sizes, plan.num_rows)]
         self._turn = (self._turn + 1) % len(self._sent)
-        return size, self._fill(size, plan)
+        short = size in self._shorts and int(plan.num_computed.sum()) <= MOST_KEYS
+        return size, self._fill(size, plan), short
 
-    def forward(self, size: int, inputs: Tensor) -> None:
+    def forward(self, size: int, inputs: Tensor, short: bool) -> None:
         self._inputs[: len(inputs)].copy_(inputs, non_blocking=True)
-        self._forwards[size]()
+        (self._shorts if short else self._forwards)[size]()
 
     def end(self, size: int) -> tuple[Tensor, tuple[int, int, int]]:
         """Greedy sampling of the step launched last. -> (i32 [3 * S] on its way to the host, where its parts begin)."""
@@ -171,27 +183,40 @@ class DecodeGraphs:
     # bodies of the graphs
 
     def _forward(self, size: int) -> None:
-        loaded, tables, spec = self._loaded, self._loaded.tables, self._fused.spec
+        begun, slots = self._begin(size)
+        works = self.works(begun, slots)
+        x = self._fused.run(begun.x, self.turns(begun), self._loaded.caches, self._loaded.places, works)
+        self._fused.logits(x, out=self.logits[:size])
+
+    def _short(self, size: int) -> None:
+        """The same in one launch behind the first."""
+        if self._one_launch is None:
+            fail("no kernel does a step of this model in one launch")
+        (begun, slots), spec, logits = self._begin(size), self._fused.spec, self.logits[:size]
+        turn = self.turns(begun)[spec.layers[0].mixer.rope]
+        self._one_launch.run(begun.x, turn, self._loaded.tables.pages[0], slots, begun.lengths, logits)
+        capped(logits, spec)
+
+    def _begin(self, size: int) -> tuple[DecodeStart, Tensor]:
+        """What the step begins with, and its slots, i32 [S]."""
+        tables, spec = self._loaded.tables, self._fused.spec
         lines = self._inputs[: self._lines * size].view(self._lines, size)
         deltas = [
             (*lines[DELTAS + 3 * group : DELTAS + 3 * group + 3], pages) for group, pages in enumerate(tables.pages)
         ]
-        ropes = self._fused.frequencies
         begun = begin_decode(
             lines[SLOTS],
             lines[TOKENS],
             lines[COMPUTED],
             tables.last_token,
             tables.last_token,  # stands for lengths that the host left open: it leaves none
-            list(ropes.values()),
+            list(self._fused.frequencies.values()),
             self._fused.embed,
             spec.embedding_scale,
             deltas,
             self.bad[:size],
         )
-        works = self.works(begun, lines[SLOTS])
-        x = self._fused.run(begun.x, self.turns(begun), loaded.caches, loaded.places, works)
-        self._fused.logits(x, out=self.logits[:size])
+        return begun, lines[SLOTS]
 
     def _end(self, size: int) -> None:
         tables = self._loaded.tables

@@ -53,6 +53,9 @@ class InvariantGraphs(DecodeGraphs):
         ]  # fmt: skip
         return max(sizes, key=lambda scratch: (len(scratch.partials), len(scratch.counters)))
 
+    def make_one_launch(self) -> None:
+        """One launch has other orders of sums than a prefill."""
+
     def turns(self, begun: DecodeStart) -> Turns:
         return self._loaded.decoder.turns(begun.positions)
 

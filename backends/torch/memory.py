@@ -22,6 +22,7 @@ from engine.runner import ON_DEMAND, RunnerConfig
 from engine.specs.arch import ArchSpec, LayerSpec
 from engine.specs.cache import cache_groups
 from engine.specs.weights import DTYPE_BYTES
+from torch_models.persistent import MOST_ROWS, shape_of
 
 MIB = 1 << 20
 SMALL, LARGE_STEP = MIB, 2 * MIB  # torch's allocator: larger blocks may keep up to a MiB that nobody asked for
@@ -144,6 +145,8 @@ def graph_bytes(config: RunnerConfig, rows: int, multiprocessors: int) -> int:
         buffers += block(scratch)
     else:
         buffers += workspace_bytes(arch, rows, multiprocessors)
+        shape = shape_of(arch, config.page_tokens[0])
+        buffers += 0 if shape is None else shape.scratch_bytes(MOST_ROWS, multiprocessors)
     begun = rows * (arch.hidden_size * DTYPE_BYTES[config.dtype] + 64)
     ends = 12 * rows * -(-vocab // 1024)  # what greedy sampling keeps of each tile of the logits
     shared = layers_bytes(config, rows) + unpacked_bytes(config, rows) + begun + ends

@@ -32,7 +32,7 @@ class Step:
     # set by `prepare` of the room that runs it
     batch: Batch | None = None
     sampling_slots: Tensor | None = None
-    graph_inputs: tuple[int, Tensor] | None = None  # (size, pinned) of a decode step that is replayed
+    graph_inputs: tuple[int, Tensor, bool] | None = None  # of a decode step that is replayed, see DecodeGraphs.prepare
     mask: Tensor | None = None
     begun: bool = False
     ended: bool = False
