@@ -26,7 +26,7 @@ from cuda_kernels.attention_tiles import (
     fp16_products,
     key_offsets,
     page_of,
-    request_tile,
+    request_tiles,
     score_factors,
     scores_of,
     softcap,
@@ -275,12 +275,9 @@ def decode_kernel(
         k_first = tl.load(k_pages + places[:, None] + dims[None, :], mask=wanted, other=0.0)
         v_first = tl.load(v_pages + places[:, None] + dims[None, :], mask=wanted, other=0.0)
         ahead = page_of(table, at + BLOCK_C, end, PAGE, BLOCK_C)
-    for tile in tl.static_range(EARLY, REQUESTS):
-        at = (low + tile) * BLOCK_C
-        if at < end:
-            page = page_of(table, at, end, PAGE, BLOCK_C)
-            request_tile(k_pages, page, at, kv_head, NUM_KV_HEADS, PAGE, HEAD, BLOCK_C)
-            request_tile(v_pages, page, at, kv_head, NUM_KV_HEADS, PAGE, HEAD, BLOCK_C)
+    request_tiles(
+        k_pages, v_pages, table, low, end, kv_head, EARLY, REQUESTS, NUM_KV_HEADS, PAGE, HEAD, BLOCK_C
+    )  # fmt: skip
     if DEPENDENT:
         cuda.gdc_wait()
 

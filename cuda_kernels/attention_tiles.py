@@ -68,6 +68,20 @@ def request_tile(pages, page, at, kv_head, K: tl.constexpr, PAGE: tl.constexpr, 
 
 
 @triton.jit
+def request_tiles(
+    k_pages, v_pages, table, low, end, kv_head, SKIPPED: tl.constexpr, COUNT: tl.constexpr,
+    K: tl.constexpr, PAGE: tl.constexpr, HEAD: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """`request_tile` for keys and values of the tiles from `low` on, up to COUNT of them without the first SKIPPED."""
+    for tile in tl.static_range(SKIPPED, COUNT):
+        at = (low + tile) * C
+        if at < end:
+            page = page_of(table, at, end, PAGE, C)
+            request_tile(k_pages, page, at, kv_head, K, PAGE, HEAD, C)
+            request_tile(v_pages, page, at, kv_head, K, PAGE, HEAD, C)
+
+
+@triton.jit
 def add_sinks(sinks, heads, top, weight, total, SINKS: tl.constexpr):
     """The sinks of `heads` as one more key without a value."""
     if SINKS:
