@@ -214,3 +214,22 @@ def test_compiles_without_a_gpu() -> None:
         assert int(str(done["shared"])) <= limit, (kernel[2].get("data"), kernel[3].get("BLOCK_ROWS"), done["shared"])
         if kernel[1] == "product_kernel":
             assert "mma" in str(done["ptx"])
+
+
+@pytest.mark.parametrize(
+    ("form", "block_rows", "block_out", "stages", "warps"),
+    [("fp8", 16, 64, 6, 4), ("fp8", 64, 64, 6, 4), ("fp8", 128, 128, 4, 8), ("blocks", 16, 64, 4, 4)]
+    + [("blocks", 64, 128, 4, 4), ("blocks", 128, 128, 4, 8)],
+)
+def test_e4m3_goes_to_the_tensor_cores_as_it_is(
+    form: str, block_rows: int, block_out: int, stages: int, warps: int
+) -> None:
+    """The plans of sm_90 with NATIVE, which no other machine picks: warp-group products of e4m3 that fit."""
+    module, name, types, constants, arch, _ = compiled(90, "*fp8e4nv", 8)
+    squares = form == "blocks"
+    constants |= {"MODE": 3 if squares else 1, "SQUARES": squares, "NATIVE": True}
+    constants |= {"BLOCK_IN": 128, "BLOCK_OUT": block_out, "BLOCK_ROWS": block_rows, "STAGES": stages}
+    done = compile_kernels([(module, name, types, constants, arch, {"num_warps": warps})])[0]
+    assert int(str(done["shared"])) <= 227 << 10
+    wide = [line for line in str(done["ptx"]).splitlines() if "wgmma.mma_async" in line]
+    assert wide and all("e4m3.e4m3" in line for line in wide)
