@@ -160,15 +160,12 @@ def library_plans(model: str, row_counts: list[int]) -> dict[int, dict]:
 def vector_plans(product: Product) -> Iterator[Plan]:
     """Those that keep enough bytes in flight and leave the next kernel's programs room beside them."""
     padded = 1 << (product.inner - 1).bit_length()
-    for block_out, warps, stages, programs, together in itertools.product(
-        (1, 2, 4, 8), (4, 8), (2, 3, 4, 5), (1, 2, 3, 4), (False, True)
-    ):
+    for block_out, warps, stages, programs in itertools.product((1, 2, 4, 8), (4, 8), (2, 3, 4, 5), (1, 2, 3, 4)):
         size = block_out * padded * 2 * (2 if product.kind == "gated" else 1)
         shared = (stages - 1) * size * programs
         fits = 48_000 <= shared <= 131_000 and size >= 4096
         if fits and padded // (32 * warps) <= 64 and warps * programs <= 16:
-            yield Plan(kernel="vector", block_out=block_out, warps=warps, stages=stages, programs=programs,
-                       together=together)  # fmt: skip
+            yield Plan(kernel="vector", block_out=block_out, warps=warps, stages=stages, programs=programs)
 
 
 def tile_plans(product: Product, rows: int) -> Iterator[Plan]:

@@ -4,8 +4,8 @@ Called by gpu_attention.py in a CUDA graph of a decode step, and by attention_ra
 mixed step. A program has one KV head (query heads packed in one tile) of a work item: a row, or a split of its keys.
 Every program finds its item from all lengths, so one captured grid serves any lengths; the last split of a row to
 finish merges all, in their order, so results do not depend on who came last. They do depend on how many splits a row
-has, thus on the other rows, unless the workspace was made with `fixed_split`; and a row's own key is attended to first
-here and in its place among the keys in a mixed step, which rounds differently.
+has, thus on the other rows; a row's own key is attended to first here, and in its place among the keys in a mixed step,
+which rounds differently.
 Page table, slots and lengths may be read before the kernel in front has finished (DEPENDENT): it must not write them.
 Letters: S rows · N query heads · K KV heads · G = N / K · H head size · R rotary size · P pages · C keys of a tile.
 """
@@ -62,31 +62,22 @@ class Workspace:
     partials: Tensor  # f32 [work items * N * (H + 2)]
     counters: Tensor  # i32 [max rows * N]
     num_sms: int
-    fixed_split: int  # keys of every split; 0 = by the step's shape
 
 
-def make_workspace(
-    max_rows: int, num_heads: int, head_size: int, device: torch.device, *, fixed_split: int = 0, max_keys: int = 0
-) -> Workspace:
-    """fixed_split: keys of every split, so that a row's result is the same in any step; needs max_keys of a row."""
-    if fixed_split and not max_keys:
-        raise ValueError("fixed_split needs max_keys")
+def make_workspace(max_rows: int, num_heads: int, head_size: int, device: torch.device) -> Workspace:
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     items = max_rows + sms * PROGRAMS_OF_SM * MAX_WAVES
-    if fixed_split:
-        items = max_rows * triton.cdiv(max_keys, fixed_split)
     return Workspace(
         partials=torch.empty(items * num_heads * (head_size + 2), dtype=torch.float32, device=device),
         counters=torch.zeros(max_rows * num_heads, dtype=torch.int32, device=device),
         num_sms=sms,
-        fixed_split=fixed_split,
     )
 
 
 @triton.jit
 def find_work(
     lengths, slots, rows, item, num_rows, budget, fewest_tiles,
-    NEW: tl.constexpr, WINDOW: tl.constexpr, BLOCK_C: tl.constexpr, FIXED: tl.constexpr,
+    NEW: tl.constexpr, WINDOW: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """(row, length, slot, split, splits of the row, tiles of a split) of a work item; row = num_rows: none is left.
@@ -106,12 +97,9 @@ def find_work(
     if NEW:
         seen -= 1
     tiles = tl.where(real, tl.cdiv(seen, BLOCK_C) - first_tile, 0)
-    share = fewest_tiles
-    if not FIXED:
-        share = tl.maximum(fewest_tiles, tl.cdiv(tl.sum(tiles, 0), budget))
-    active = tl.maximum(1, tl.cdiv(tiles, share))
-    if not FIXED:  # merging two splits takes longer than the tiles that one of them saves
-        active = tl.where(tiles <= 2 * fewest_tiles, 1, active)
+    share = tl.maximum(fewest_tiles, tl.cdiv(tl.sum(tiles, 0), budget))
+    # merging two splits takes longer than the tiles that one of them saves
+    active = tl.where(tiles <= 2 * fewest_tiles, 1, tl.maximum(1, tl.cdiv(tiles, share)))
     active = tl.where(real, active, 0)
     ends = tl.cumsum(active, 0)
     row = tl.sum((real & (ends <= item)).to(tl.int32), 0)
@@ -119,8 +107,7 @@ def find_work(
     length = tl.sum(tl.where(mine, seen, 0), 0) + (1 if NEW else 0)
     slot = tl.sum(tl.where(mine, held, 0), 0)
     splits = tl.sum(tl.where(mine, active, 0), 0)
-    if not FIXED:  # of even size
-        share = tl.cdiv(tl.sum(tl.where(mine, tiles, 0), 0), tl.maximum(1, splits))
+    share = tl.cdiv(tl.sum(tl.where(mine, tiles, 0), 0), tl.maximum(1, splits))  # of even size
     split = item - tl.sum(tl.where(mine, ends - active, 0), 0)
     return row, length, slot, split, splits, share
 
@@ -207,7 +194,7 @@ def decode_kernel(
     table_stride,
     num_rows,
     budget,  # splits that all rows together may have beyond one each
-    fewest_tiles,  # of a split, exactly so many if FIXED
+    fewest_tiles,  # of a split
     factor,  # of the scores, see softcap
     cap,
     eps,
@@ -226,7 +213,6 @@ def decode_kernel(
     HALF: tl.constexpr,
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,  # 0 = none
-    FIXED: tl.constexpr,
     NEW: tl.constexpr,  # norm, rope and cache write are done here, else they have been
     Q_NORM: tl.constexpr,
     K_NORM: tl.constexpr,
@@ -245,7 +231,7 @@ def decode_kernel(
     if DEPENDENT:
         cuda.gdc_launch_dependents()
     ticket, length, slot, split, active, share = find_work(
-        lengths, slots, rows, item, num_rows, budget, fewest_tiles, NEW, WINDOW, BLOCK_C, FIXED, BLOCK_S
+        lengths, slots, rows, item, num_rows, budget, fewest_tiles, NEW, WINDOW, BLOCK_C, BLOCK_S
     )
     if ticket >= num_rows:
         return
@@ -356,22 +342,19 @@ def plan_for(rows: int, kv_heads: int, row_bytes: int, work: Workspace) -> Plan:
     """row_bytes: of one key, padded to a power of two.
 
     Where splits can make all programs run at once, they are made for that; else there are so many that the last ones
-    weigh little. Measured on an H200 for 8 KV heads of 128 values. With a fixed split the rows have no say.
+    weigh little. Measured on an H200 for 8 KV heads of 128 values.
     """
     block = 64 if row_bytes <= 256 else 32
-    if not work.fixed_split and rows * kv_heads <= work.num_sms * PROGRAMS_OF_SM:
+    if rows * kv_heads <= work.num_sms * PROGRAMS_OF_SM:
         return Plan(block=block, waves=1, of_sm=FEW_OF_SM, merged=16, requests=3, early=True)
     # two stages let five programs share a multiprocessor: wanted while one round of programs takes all rows
-    at_once = not work.fixed_split and rows * kv_heads <= work.num_sms * 5
+    at_once = rows * kv_heads <= work.num_sms * 5
     return Plan(block=block, waves=2, merged=4, stages=2 if at_once else 3)
 
 
 def work_items(rows: int, kv_heads: int, max_keys: int, work: Workspace, plan: Plan) -> tuple[int, int, int]:
     """(items of the grid, budget, fewest tiles of a split), see find_work."""
     tiles = triton.cdiv(max_keys, plan.block)
-    if work.fixed_split:
-        share = triton.cdiv(work.fixed_split, plan.block)
-        return rows * triton.cdiv(tiles, share), 1, share
     share = triton.cdiv(plan.split_keys, plan.block)
     budget = max(1, work.num_sms * plan.of_sm * plan.waves // kv_heads)
     return min(rows + budget, rows * triton.cdiv(tiles, share)), budget, share
@@ -419,7 +402,7 @@ def launch(
         NUM_HEADS=num_heads, NUM_KV_HEADS=kv_heads, HEAD=head_size, BLOCK_H=block_h, BLOCK_G=block_g,
         BLOCK_C=plan.block, BLOCK_Z=max(1, plan.merged * 512 // (group_2 * block_h)), GROUP_2=group_2,
         BLOCK_S=block_s, HALF=rotary_half(turn[0], count, head_size), PAGE=page, WINDOW=window or 0,
-        FIXED=workspace.fixed_split > 0, NEW=rows is None,
+        NEW=rows is None,
         Q_NORM=q_norm is not None, K_NORM=k_norm is not None, CAP=logit_cap is not None, SINKS=sinks is not None,
         STAGES=plan.stages, FP16=fp16_products(qkv, cache), REQUESTS=plan.requests if linear else 0,
         EARLY=int(plan.early), DEPENDENT=dependent, num_warps=plan.warps, **options,

@@ -3,7 +3,7 @@
 Called by torch_models/fused.py. The table of small_linear_plan.py picks the kernel; many rows, and shapes where cuBLAS
 measured faster, take cuBLAS between a norm and a gate kernel. Sums are f32; nothing is allocated but outputs and, for
 split products, their partial sums. A row's last bits may differ between calls of different numbers of rows, since the
-table may choose another order of sums; with `invariant` they may not. Needs triton.
+table may choose another order of sums; invariant_linear.py has products for which they may not. Needs triton.
 Letters: T rows · I in · O out · F gated width · V vocabulary.
 """
 
@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from cuda_kernels.fused import gated, launch_options, rms_norm
 from cuda_kernels.small_linear_kernels import ACTIVATIONS, tile_kernel, vector_kernel
-from cuda_kernels.small_linear_plan import INVARIANT, LIBRARY, Plan, plan_of
+from cuda_kernels.small_linear_plan import LIBRARY, Plan, plan_of
 
 LEAST_ROWS = 16  # of a tile kernel's program: a decode step of eight rows took 4.36 ms with 16 and 4.61 ms with 8
 MOST_ROWS = 128  # of a tile kernel's program; more rows take more programs
@@ -28,11 +28,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 COUNTERS = 1 << 14  # tiles of a split product
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, invariant: bool = False, plan: Plan | None = None
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, plan: Plan | None = None) -> Tensor:
     """x @ weight.T + bias. x: [T, I]; weight: [O, I]; bias: [O] -> [T, O]."""
-    plan = plan or choose(x, weight, gated=False, invariant=invariant)
+    plan = plan or choose(x, weight, gated=False)
     if plan.kernel == "library":
         return functional.linear(x, weight, bias)
     return product(x, weight, bias, plan)
@@ -44,14 +42,13 @@ def linear_add(
     bias: Tensor | None,
     residual: Tensor,
     *,
-    invariant: bool = False,
     plan: Plan | None = None,
 ) -> Tensor:
     """residual + x @ weight.T + bias. x: [T, I]; weight: [O, I]; bias: [O]; residual: [T, O] -> [T, O].
 
     The residual may be overwritten with the sum: it is the caller's no more.
     """
-    plan = plan or choose(x, weight, gated=False, invariant=invariant)
+    plan = plan or choose(x, weight, gated=False)
     if plan.kernel == "library":
         out = residual.addmm_(x, weight.t())  # in place: another output would first be filled with the residual
         return out if bias is None else out.add_(bias)
@@ -66,11 +63,10 @@ def norm_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    invariant: bool = False,
     plan: Plan | None = None,
 ) -> Tensor:
     """rms_norm(x) @ weight.T + bias. x: [T, I]; norm_weight: f32 [I]; weight: [O, I]; bias: [O] -> [T, O]."""
-    plan = plan or choose(x, weight, gated=False, invariant=invariant)
+    plan = plan or choose(x, weight, gated=False)
     if plan.kernel == "library":
         return functional.linear(rms_norm(x, norm_weight, eps, offset), weight, bias)
     return product(x, weight, bias, plan, norm=(norm_weight, eps, offset))
@@ -85,13 +81,12 @@ def norm_gated(
     bias: Tensor | None = None,
     activation: str = "silu",
     *,
-    invariant: bool = False,
     plan: Plan | None = None,
 ) -> Tensor:
     """act(gate) * up of rms_norm(x). x: [T, I]; norm_weight: f32 [I]; gate_up: [2F, I]; bias: [2F] -> [T, F]."""
     if activation not in ACTIVATIONS or not activation:
         raise ValueError(f"activation {activation!r}: not one of {[name for name in ACTIVATIONS if name]}")
-    plan = plan or choose(x, gate_up, gated=True, invariant=invariant)
+    plan = plan or choose(x, gate_up, gated=True)
     if plan.kernel == "library":
         return gated(functional.linear(rms_norm(x, norm_weight, eps, offset), gate_up, bias), activation)
     return product(x, gate_up, bias, plan, norm=(norm_weight, eps, offset), activation=activation)
@@ -105,7 +100,6 @@ def head(
     weight: Tensor,
     out: Tensor | None = None,
     *,
-    invariant: bool = False,
     plan: Plan | None = None,
 ) -> Tensor:
     """Logits of rms_norm(x), f32 [T, V]. x: [T, I]; norm_weight: f32 [I]; weight: [V, I]; out: f32 [T, V] to write."""
@@ -114,7 +108,7 @@ def head(
         out = torch.empty(rows, width, dtype=torch.float32, device=x.device)
     if out.shape != (rows, width) or out.dtype != torch.float32 or not out.is_contiguous():
         raise ValueError(f"out {tuple(out.shape)} {out.dtype} does not hold f32 logits [{rows}, {width}]")
-    plan = plan or choose(x, weight, gated=False, invariant=invariant)
+    plan = plan or choose(x, weight, gated=False)
     if plan.kernel != "library":
         return product(x, weight, None, plan, norm=(norm_weight, eps, offset), out=out)
     normed = rms_norm(x, norm_weight, eps, offset)
@@ -134,13 +128,11 @@ def prefers(rows: int, weight_shape: tuple[int, int], dtype: torch.dtype, gated:
     return known and plan_of(rows, *weight_shape, gated).kernel != "library"
 
 
-def choose(x: Tensor, weight: Tensor, *, gated: bool, invariant: bool) -> Plan:
+def choose(x: Tensor, weight: Tensor, *, gated: bool) -> Plan:
     """The plan of a product. x: [T, I]; weight: [O, I]."""
     rows, inner = x.shape
     if weight.dim() != 2 or weight.shape[1] != inner or weight.dtype != x.dtype:
         raise ValueError(f"x {tuple(x.shape)} {x.dtype} and weight {tuple(weight.shape)} {weight.dtype}")
-    if invariant:
-        return INVARIANT
     shape = (weight.shape[0], inner)
     return plan_of(rows, *shape, gated) if prefers(rows, shape, x.dtype, gated) else LIBRARY
 
@@ -209,7 +201,7 @@ def launch_vector(launch: Launch) -> None:
     vector_kernel[(programs,)](
         *launch.inputs, launch.out, *launch.numbers,
         INNER=inner, BLOCK_IN=triton.next_power_of_2(inner), BLOCK_OUT=plan.block_out,
-        TRIPS=triton.cdiv(tiles, programs), STAGES=plan.stages, REQUEST=plan.request, TOGETHER=plan.together,
+        TRIPS=triton.cdiv(tiles, programs), STAGES=plan.stages, REQUEST=plan.request,
         **launch.options,
     )  # fmt: skip
 
@@ -217,7 +209,7 @@ def launch_vector(launch: Launch) -> None:
 def launch_tiles(launch: Launch) -> None:
     x, plan = launch.inputs[0], launch.plan
     rows, inner = x.shape
-    block_rows = 64 if plan is INVARIANT else min(max(triton.next_power_of_2(rows), LEAST_ROWS), MOST_ROWS)
+    block_rows = min(max(triton.next_power_of_2(rows), LEAST_ROWS), MOST_ROWS)
     splits = max(1, min(plan.splits, triton.cdiv(inner, plan.block_in)))
     grid = (triton.cdiv(launch.numbers[0], plan.block_out), splits, triton.cdiv(rows, block_rows))
     partials = counters = launch.out

@@ -102,7 +102,6 @@ def vector_kernel(
     BLOCK_IN: tl.constexpr,  # power of two >= INNER
     BLOCK_OUT: tl.constexpr,
     TRIPS: tl.constexpr,  # tiles of a program
-    TOGETHER: tl.constexpr,  # a program's tiles follow each other: it touches few pages of memory
     STAGES: tl.constexpr,
     REQUEST: tl.constexpr,  # tiles asked for before the wait, besides those of the stages
     NORM: tl.constexpr,
@@ -112,8 +111,6 @@ def vector_kernel(
     DEPENDENT: tl.constexpr,
 ):
     first, step = tl.program_id(0), tl.num_programs(0)
-    if TOGETHER:
-        first, step = first * TRIPS, 1
     inner = tl.arange(0, BLOCK_IN)
     rows = tl.arange(0, BLOCK_OUT)
     inside = inner < INNER

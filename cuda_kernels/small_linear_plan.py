@@ -28,14 +28,11 @@ class Plan:
     warps: int = 4
     stages: int = 4
     programs: int = 2  # vector: programs of a multiprocessor
-    together: bool = False  # vector: a program's rows of the weight follow each other
     request: int = 0  # blocks of weights asked for before the kernel before has ended
     norm_apart: bool = False  # tile: the norm is a kernel of its own
 
 
 LIBRARY = Plan(kernel="library")
-# One way for every number of rows: a row's sums have the same order whatever else is in the call.
-INVARIANT = Plan(kernel="tile", block_out=64, block_in=64, splits=1, norm_apart=True)
 
 
 @functools.cache

@@ -26,7 +26,7 @@ def decode(arch: int, head: int, new: bool, page: int = 64, window: int = 0, cap
     constants |= {
         "NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD": head, "BLOCK_H": 1 << (head - 1).bit_length(), "BLOCK_G": 16,
         "BLOCK_C": 64 if head <= 128 else 32, "BLOCK_Z": 16 if head <= 128 else 8, "GROUP_2": 4, "BLOCK_S": 128,
-        "HALF": head // 2 if new else 0, "PAGE": page, "WINDOW": window, "FIXED": False, "NEW": new,
+        "HALF": head // 2 if new else 0, "PAGE": page, "WINDOW": window, "NEW": new,
         "Q_NORM": new, "K_NORM": new, "CAP": capped, "SINKS": sinks, "STAGES": 3,
         "FP16": False, "REQUESTS": int(page == 64 and head == 128), "EARLY": 1, "DEPENDENT": arch >= 90,
     }  # fmt: skip

@@ -106,17 +106,6 @@ def test_what_is_not_finite_is_stored_as_0():
     assert case.cache.isfinite().all() and out[0].isnan().any() and out[1].isfinite().all()
 
 
-def test_a_fixed_split_makes_rows_independent_of_the_step():
-    many = make_case([1] * 5, [150, 40, 20, 90, 33], page=64, device=DEVICE)
-    workspace = attention_decode.make_workspace(5, 4, 64, DEVICE, fixed_split=64, max_keys=256)
-    together = check(many, workspace=workspace)
-    alone = attention_decode.decode_attention(
-        many.qkv[:1], many.cache, 1, many.page_table, many.slots[:1], many.lengths[:1], many.cos[:1], many.sin[:1],
-        num_heads=4, scale=0.125, workspace=workspace,
-    )  # fmt: skip
-    assert torch.equal(alone[0], together[0].view(-1))
-
-
 def test_a_small_workspace_is_refused():
     case = make_case([1] * 4, [20, 30, 40, 300], page=64, device=DEVICE)
     workspace = attention_decode.make_workspace(1, 4, 64, DEVICE)

@@ -16,11 +16,10 @@ from cuda_kernels import small_linear  # noqa: E402
 from cuda_kernels.small_linear_plan import LIBRARY, Plan, _entries, plan_of  # noqa: E402
 
 VECTOR = Plan(kernel="vector", block_out=4, stages=2, programs=1)
-TOGETHER = Plan(kernel="vector", block_out=2, stages=3, programs=1, together=True)
 TILE = Plan(kernel="tile", block_out=16, block_in=32)
 SPLIT = Plan(kernel="tile", block_out=32, block_in=16, splits=3)
 APART = Plan(kernel="tile", block_out=16, block_in=16, norm_apart=True)
-ONE_ROW = [(plan, 1) for plan in (VECTOR, TOGETHER, TILE, SPLIT, LIBRARY)]
+ONE_ROW = [(plan, 1) for plan in (VECTOR, TILE, SPLIT, LIBRARY)]
 MORE_ROWS = [(plan, rows) for plan in (TILE, SPLIT, APART, LIBRARY) for rows in (2, 7, 33)] + [(TILE, 64), (SPLIT, 130)]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 EPS = 1e-5
@@ -111,17 +110,6 @@ def test_large_float16_rows_do_not_overflow_in_the_norm() -> None:
           torch.float16)  # fmt: skip
 
 
-def test_invariant_rows_do_not_depend_on_the_call() -> None:
-    x, weight = random(70, 80, dtype=torch.bfloat16), random(40, 80, dtype=torch.bfloat16, scale=0.1)
-    gain = random(80).abs() + 0.5
-    every = small_linear.norm_linear(x, gain, EPS, 0.0, weight, invariant=True)
-    for start, end in ((0, 1), (3, 5), (60, 70)):
-        part = small_linear.norm_linear(x[start:end], gain, EPS, 0.0, weight, invariant=True)
-        assert torch.equal(part, every[start:end])
-    gated = small_linear.norm_gated(x, gain, EPS, 0.0, weight, invariant=True)
-    assert torch.equal(small_linear.norm_gated(x[7:8], gain, EPS, 0.0, weight, invariant=True), gated[7:8])
-
-
 def test_out_of_the_head_is_written_and_checked() -> None:
     x, weight, gain = random(2, 32), random(20, 32), random(32).abs()
     out = torch.full((2, 20), torch.nan, device=DEVICE)
@@ -160,7 +148,7 @@ def test_the_table_s_choice_is_right(rows: int) -> None:
 TYPES = {"norm_weight": "*fp32", "partials": "*fp32", "counters": "*i32", "eps": "fp32", "offset": "fp32"}
 TYPES |= dict.fromkeys(("x", "weight", "bias", "residual", "out"), "*bf16")
 FUSED = {"NORM": True, "BIAS": True, "RESIDUAL": True, "INNER": 1024, "REQUEST": 2}
-VECTOR_KERNEL = {**FUSED, "BLOCK_IN": 1024, "BLOCK_OUT": 4, "TRIPS": 3, "TOGETHER": True, "STAGES": 3, "KIND": 1}
+VECTOR_KERNEL = {**FUSED, "BLOCK_IN": 1024, "BLOCK_OUT": 4, "TRIPS": 3, "STAGES": 3, "KIND": 1}
 TILE_KERNEL = {**FUSED, "BLOCK_IN": 64, "BLOCK_OUT": 64, "BLOCK_ROWS": 16, "SPLITS": 2, "STAGES": 4, "KIND": 2}
 
 
