@@ -108,7 +108,7 @@ def prefill_line(name: str, new: list[int], before: list[int], heads: int = 32, 
     q = torch.randn(tokens, heads, size, device=DEVICE, dtype=torch.bfloat16)
     step["cache"].copy_(torch.randn_like(step["cache"]))
     starts = torch.tensor(np.cumsum([0, *new]), dtype=torch.int32, device=DEVICE)
-    work = make_work(np.array(new), query_tile(heads, kv_heads), DEVICE, np.array(before))
+    work = make_work(np.array(new), np.array(before), query_tile(heads, kv_heads), DEVICE)
 
     def launch(layer: int) -> Callable[[], object]:
         return lambda: ragged_attention(

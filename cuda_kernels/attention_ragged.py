@@ -24,7 +24,9 @@ from cuda_kernels.attention_tiles import (
     for_products,
     fp16_products,
     key_offsets,
+    laid_out,
     page_of,
+    query_tiles,
     score_factors,
     scores_of,
 )
@@ -47,24 +49,13 @@ class RaggedWork:
     workspaces: dict[tuple[int, int], Workspace] = field(default_factory=dict)  # (N, H) -> scratch of the singles
 
 
-def make_work(
-    num_new: np.ndarray, q_tile: int, device: torch.device, num_computed: np.ndarray | None = None
-) -> RaggedWork:
-    """num_new: [S] tokens of each row in this step; num_computed: [S] those before, to begin with the longest tiles."""
+def make_work(num_new: np.ndarray, num_computed: np.ndarray, q_tile: int, device: torch.device) -> RaggedWork:
+    """num_new, num_computed: [S] tokens of each row in this step, and those before."""
     new = np.asarray(num_new, np.int64)
-    before = np.zeros_like(new) if num_computed is None else np.asarray(num_computed, np.int64)
+    many, lone = query_tiles(new, num_computed, q_tile)
     starts = np.cumsum(new) - new
-    lone = np.flatnonzero(new == 1)
-    many = np.flatnonzero(new > 1)
-    counts = -(-new[many] // q_tile)
-    rows = np.repeat(many, counts)
-    firsts = (np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)) * q_tile
-    order = np.argsort(-(before[rows] + firsts), kind="stable")
-    tiles = np.stack((rows[order], firsts[order]), 1)
-    numbers = torch.from_numpy(np.concatenate((tiles, np.stack((lone, starts[lone]), 1))).astype(np.int32))
-    if device.type == "cuda":
-        numbers = numbers.pin_memory().to(device, non_blocking=True)
-    return RaggedWork(q_tile=q_tile, tiles=numbers[: len(tiles)], singles=numbers[len(tiles) :])
+    tiles, singles = laid_out(many, np.stack((lone, starts[lone]), 1), device)
+    return RaggedWork(q_tile=q_tile, tiles=tiles, singles=singles)
 
 
 @triton.jit

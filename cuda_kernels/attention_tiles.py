@@ -1,4 +1,4 @@
-"""Tiles of keys and scores: the device functions that attention_decode.py and attention_ragged.py share.
+"""Tiles of queries and keys, scores: what attention_decode.py, attention_ragged.py and invariant_attention.py share.
 
 Pages are found through the page table, scores are in base 2, and a cap or a sink is applied here.
 Letters: M query lanes · N query heads · K KV heads · H head size · P pages · C keys of a tile.
@@ -6,12 +6,34 @@ Letters: M query lanes · N query heads · K KV heads · H head size · P pages 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634
+
+
+def query_tiles(num_new: np.ndarray, num_computed: np.ndarray, q_tile: int) -> tuple[np.ndarray, np.ndarray]:
+    """(row, first query) of each tile of rows with several tokens, i64 [W, 2], and i64 rows that have one.
+
+    num_new, num_computed: [S] tokens of each row in a step, and those before. The tiles with most keys come first.
+    """
+    new, before = np.asarray(num_new, np.int64), np.asarray(num_computed, np.int64)
+    lone, several = np.flatnonzero(new == 1), np.flatnonzero(new > 1)
+    counts = -(-new[several] // q_tile)
+    rows = np.repeat(several, counts)
+    firsts = (np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)) * q_tile
+    order = np.argsort(-(before[rows] + firsts), kind="stable")
+    return np.stack((rows[order], firsts[order]), 1), lone
+
+
+def laid_out(tiles: np.ndarray, singles: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Both as i32 on the device, by one copy. tiles, singles: [..., 2]."""
+    host = torch.from_numpy(np.concatenate((tiles, singles)).astype(np.int32))
+    there = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    return there[: len(tiles)], there[len(tiles) :]
 
 
 @triton.jit

@@ -23,7 +23,9 @@ from cuda_kernels.attention_tiles import (
     for_products,
     fp16_products,
     key_offsets,
+    laid_out,
     page_of,
+    query_tiles,
     score_factors,
     scores_of,
 )
@@ -49,17 +51,9 @@ class Tiles:
 
 def make_tiles(num_new: np.ndarray, num_computed: np.ndarray, q_tile: int, device: torch.device) -> Tiles:
     """num_new, num_computed: [S] tokens of each row in this step, and those before."""
-    new, before = np.asarray(num_new, np.int64), np.asarray(num_computed, np.int64)
-    lone, several = np.flatnonzero(new == 1), np.flatnonzero(new > 1)
-    counts = -(-new[several] // q_tile)
-    rows = np.repeat(several, counts)
-    firsts = (np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)) * q_tile
-    order = np.argsort(-(before[rows] + firsts), kind="stable")
-    many = np.stack((rows[order], firsts[order]), 1)
-    packed = np.concatenate((many, np.stack((lone, np.zeros_like(lone)), 1))).astype(np.int32)
-    host = torch.from_numpy(packed)
-    there = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
-    return Tiles(many=there[: len(many)], singles=there[len(many) :])
+    many, lone = query_tiles(num_new, num_computed, q_tile)
+    tiles, singles = laid_out(many, np.stack((lone, np.zeros_like(lone)), 1), device)
+    return Tiles(many=tiles, singles=singles)
 
 
 def spread(rows: int, kv_heads: int, max_keys: int) -> int:

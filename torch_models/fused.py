@@ -8,6 +8,7 @@ Letters: T tokens · D width · V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,12 +16,21 @@ from torch import Tensor
 from cuda_kernels import dispatch, fused, quant_linear, small_linear
 from cuda_kernels.gpu_attention import GpuWork, HeadSpec, attend
 from cuda_kernels.quant_weight import Parts, QuantWeight, Weight, WideWeight
+from cuda_kernels.rope_cache import rope_and_write
 from engine.specs import arch
 from torch_models.decoder import Decoder, Layer
 from torch_models.ffn import GatedFfn
 from torch_models.layers import embed
 
 Turns = dict[arch.RopeSpec | None, tuple[Tensor | None, Tensor | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The tokens of a step that are sampled from, each the newest of its row: a decode step of their own."""
+
+    tokens: Tensor  # i64 [S], places in the step
+    works: Sequence[GpuWork]  # of each group, for rows of one token
 
 
 class FusedDecoder:
@@ -45,12 +55,40 @@ class FusedDecoder:
         caches: list[Tensor],
         places: Sequence[tuple[int, int, int]],
         works: Sequence[GpuWork],
+        *,
+        but_last: bool = False,
     ) -> Tensor:
-        """The residual stream behind the last layer, [T, D]. x: [T, D] embedded tokens; the rest as Decoder.forward."""
-        for (layer, heads), (group, pool, layer_index) in zip(self.layers, places, strict=True):
+        """The residual stream behind the last layer, [T, D]. x: [T, D] embedded tokens; the rest as Decoder.forward.
+
+        but_last: in front of the last layer, which `finish` does.
+        """
+        count = len(self.layers) - but_last
+        for (layer, heads), (group, pool, layer_index) in zip(self.layers[:count], places[:count], strict=True):
             turn = turns[layer.spec.mixer.rope]
             x = run_layer(layer, heads, x, turn, caches[pool], layer_index, works[group])
         return x
+
+    def finish(
+        self,
+        x: Tensor,
+        turns: Turns,
+        caches: list[Tensor],
+        places: Sequence[tuple[int, int, int]],
+        works: Sequence[GpuWork],
+        sampled: Sampled,
+    ) -> Tensor:
+        """The last layer: keys and values of all tokens, the residual stream of the sampled ones, [S, D].
+
+        x: [T, D], of `run` with but_last, and left as it is. Nothing reads what the last layer makes of other tokens.
+        """
+        (layer, heads), (group, pool, layer_index) = self.layers[-1], places[-1]
+        turn, cache = turns[layer.spec.mixer.rope], caches[pool]
+        write_keys(layer, heads, x, turn, cache, layer_index, works[group])
+        chosen = x[sampled.tokens]
+        if not len(chosen):
+            return chosen
+        cos, sin = (None if part is None else part[sampled.tokens] for part in turn)
+        return run_layer(layer, heads, chosen, (cos, sin), cache, layer_index, sampled.works[group])
 
     def logits(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """f32 [T, V]. x: [T, D], as run gave it; out: where to write."""
@@ -108,6 +146,28 @@ def run_layer(
         fed = feed(x, layer.ffn_norm, norms, ffn, None)
         return x + fused.rms_norm(fed, layer.post_ffn_norm, norms.eps, norms.offset)
     return feed(x, layer.ffn_norm, norms, ffn, x)
+
+
+def write_keys(
+    layer: Layer,
+    heads: HeadSpec,
+    x: Tensor,
+    turn: tuple[Tensor | None, Tensor | None],
+    cache: Tensor,
+    layer_index: int,
+    work: GpuWork,
+) -> None:
+    """The keys and values of run_layer, without the rest. x: [T, D]."""
+    mixer, num_heads = layer.mixer, heads.num_heads
+    weight, bias = mixer.qkv, mixer.qkv_bias
+    if isinstance(weight, Tensor):  # one in few bits is not cut
+        first, num_heads = num_heads * cache.shape[5], 0
+        weight, bias = weight[first:], None if bias is None else bias[first:]
+    qkv = norm_linear(x, layer.attn_norm, layer.spec.norms, weight, bias)
+    rope_and_write(
+        qkv, cache, layer_index, work.write_at, *turn, num_heads=num_heads, k_norm=heads.k_norm,
+        q_norm=heads.q_norm if num_heads else None, norm_eps=heads.norm_eps, norm_offset=heads.norm_offset,
+    )  # fmt: skip
 
 
 def feed(x: Tensor, norm: Tensor, norms: arch.Norms, ffn: GatedFfn, residual: Tensor | None) -> Tensor:

@@ -52,13 +52,22 @@ class EagerSteps:
         self.update_tables(plan)
         ids, bad = known_ids(batch, tables, decoder.spec.vocab_size)
         if plan.num_rows:
-            hidden = self.hidden(batch, ids)
+            hidden, sampled = self.passed(step, batch, ids)
         else:
             hidden = torch.zeros(0, decoder.spec.hidden_size, device=tables.device, dtype=decoder.embed.dtype)
-        logits = self.logits(hidden[batch.logit_rows])
+            sampled = hidden
+        logits = self.logits(sampled)
         broken = rows_with(batch, ~hidden.sum(dim=1, dtype=torch.float32).isfinite())
         scores = self._score_prompt(hidden, plan)
         step.outcome = Outcome(logits=logits, bad=bad, broken=broken, prompt_scores=scores)
+
+    def passed(self, step: Step, batch: Batch, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states [T, D], and those that logits are wanted of, [L, D].
+
+        The former may stand in front of the last layer where the plan wants no scores of prompt tokens.
+        """
+        hidden = self.hidden(batch, ids)
+        return hidden, hidden[batch.logit_rows]
 
     def hidden(self, batch: Batch, ids: Tensor) -> Tensor:
         """What the last layer leaves, as `logits` takes it: [T, D]. ids: i64 [T] in [0, V)."""

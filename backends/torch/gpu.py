@@ -2,11 +2,13 @@
 
 Called by the runner at `submit`. A decode step (every row has one new token and samples) is one copy of a pinned buffer
 to the device, a graph for the forward pass, one for greedy sampling or the sampler's own launches, and one copy back.
-Letters: T tokens · S rows.
+Of a step of many tokens the last layer takes the sampled ones alone, as a decode step, behind all keys and values.
+Letters: T tokens · S rows · Z sampled rows, padded to a captured size.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from functools import partial
 
 import numpy as np
@@ -27,14 +29,17 @@ from engine.errors import fail
 from engine.opened import Use
 from engine.runner import Progress
 from engine.step import I32, Sampler, StepPlan
-from torch_models.fused import FusedDecoder
+from torch_models.fused import FusedDecoder, Sampled, Turns
 
 WARM_TOKENS = (2, 5, 9, 17, 33, 65, 129, 257, 513, 2049)  # one of each class of sizes that kernels tell apart
 # both ends of each class of rows that attention tells apart: a launch is cut up otherwise from some number of rows on
 WARM_SINGLES = (1, 16, 17, 64, 65, 256, 257, 1024, 1025)
+LEAST_TOKENS = 129  # of a step whose last layer is cut: the products of fewer take as long as reading their weights
 
 
 class GpuSteps(EagerSteps):
+    cuts_last_layer = True
+
     def __init__(self, loaded: Loaded) -> None:
         super().__init__(loaded)
         compiles.begin()
@@ -97,13 +102,35 @@ class GpuSteps(EagerSteps):
             starts=starts.tolist(), num_new=num_new.tolist(), num_computed=[0] * rows, token_ids=ids,
             positions=positions, token_rows=token_rows, index=positions, slots=slots, logit_rows=last,
         )  # fmt: skip
-        self.logits(self.hidden(batch, ids)[last])
+        hidden = self.hidden(batch, ids)
+        self.logits(hidden[last])
+        if self.cuts_last_layer and len(ids) >= LEAST_TOKENS:
+            size = self._graphs.sizes[0]
+            ends = np.repeat([[0], [self._loaded.config.max_slots], [1]], size, axis=1)
+            self._finish(hidden, *self._places(batch), tables.to_device(ends.astype(np.int32)))
 
     def prepare(self, step: Step) -> None:
         if self._is_decode(step.plan):
             step.graph_inputs = self._graphs.prepare(step.plan)
-        else:
-            super().prepare(step)
+            return
+        super().prepare(step)
+        ends = self._ends(step.plan)
+        step.ends = None if ends is None else self._loaded.tables.to_device(ends)
+
+    def _ends(self, plan: StepPlan) -> I32 | None:
+        """[3, Z] tokens, slots and lengths of the sampled rows; None where the last layer takes every token."""
+        at = plan.logit_rows
+        many = plan.num_tokens >= max(LEAST_TOKENS, 2 * len(at))
+        if not self.cuts_last_layer or not many or plan.prompt_logprobs is not None or len(at) > self._graphs.sizes[-1]:
+            return None
+        newest = np.cumsum(plan.num_new) - 1
+        rows = np.minimum(np.searchsorted(newest, at), plan.num_rows - 1)
+        if (newest[rows] != at).any() or (rows[1:] <= rows[:-1]).any():
+            return None
+        size = self._graphs.sizes[bisect_left(self._graphs.sizes, len(at))] if len(at) else 0
+        ends = np.repeat(np.array([[0], [self._loaded.config.max_slots], [1]], np.int32), size, axis=1)
+        ends[:, : len(at)] = at, plan.slots[rows], plan.num_computed[rows] + plan.num_new[rows]
+        return ends
 
     def _is_decode(self, plan: StepPlan) -> bool:
         rows = plan.num_rows
@@ -146,19 +173,38 @@ class GpuSteps(EagerSteps):
 
     # any other step
 
+    def passed(self, step: Step, batch: Batch, ids: Tensor) -> tuple[Tensor, Tensor]:
+        if step.ends is None:
+            return super().passed(step, batch, ids)
+        loaded, (turns, works) = self._loaded, self._places(batch)
+        hidden = self._fused.run(self._fused.embedded(ids), turns, loaded.caches, loaded.places, works, but_last=True)
+        return hidden, self._finish(hidden, turns, works, step.ends)[: len(batch.logit_rows)]
+
     def hidden(self, batch: Batch, ids: Tensor) -> Tensor:
-        loaded = self._loaded
-        turns = loaded.decoder.turns(batch.positions)
-        return self._fused.run(self._fused.embedded(ids), turns, loaded.caches, loaded.places, self._works(batch))
+        loaded, (turns, works) = self._loaded, self._places(batch)
+        return self._fused.run(self._fused.embedded(ids), turns, loaded.caches, loaded.places, works)
+
+    def _places(self, batch: Batch) -> tuple[Turns, list[GpuWork]]:
+        return self._loaded.decoder.turns(batch.positions), self._works(batch)
+
+    def _finish(self, hidden: Tensor, turns: Turns, works: list[GpuWork], ends: Tensor) -> Tensor:
+        """The last layer, [Z, D]. hidden: [T, D] in front of it; ends: i32 [3, Z], see _ends."""
+        loaded, (tokens, slots, lengths) = self._loaded, ends
+        singles = [
+            GpuWork(page_table=pages, slots=slots, lengths=lengths, workspace=self._graphs.workspace)
+            for pages in loaded.tables.pages
+        ]
+        sampled = Sampled(tokens.long(), singles)
+        return self._fused.finish(hidden, turns, loaded.caches, loaded.places, works, sampled)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._fused.logits(hidden)
 
     def _works(self, batch: Batch) -> list[GpuWork]:
         tables, layout = self._loaded.tables, self._loaded.layout
-        num_new = np.array(batch.num_new, np.int32)
+        num_new, computed = np.array(batch.num_new, np.int32), np.array(batch.num_computed, np.int32)
         starts = np.array([*batch.starts, len(batch.token_ids)], np.int32)
-        numbers = tables.to_device(np.concatenate([starts, num_new + np.array(batch.num_computed, np.int32)]))
+        numbers = tables.to_device(np.concatenate([starts, num_new + computed]))
         query_starts, lengths = numbers.split([len(starts), len(num_new)])
         slots = batch.slots.int()
         works = []
@@ -173,7 +219,7 @@ class GpuSteps(EagerSteps):
                     workspace=self._graphs.workspace,
                     query_starts=query_starts,
                     write_at=page * group.page_tokens + batch.index % group.page_tokens,
-                    tiles=make_work(num_new, query_tile(mixer.num_heads, mixer.num_kv_heads), tables.device),
+                    tiles=make_work(num_new, computed, query_tile(mixer.num_heads, mixer.num_kv_heads), tables.device),
                 )
             )
         return works

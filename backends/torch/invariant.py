@@ -81,6 +81,8 @@ class InvariantGraphs(DecodeGraphs):
 
 
 class InvariantSteps(GpuSteps):
+    cuts_last_layer = False  # its decode kernels add up otherwise
+
     def make_graphs(self, loaded: Loaded) -> DecodeGraphs:
         return InvariantGraphs(loaded, self._fused)
 

@@ -33,6 +33,7 @@ class Step:
     batch: Batch | None = None
     sampling_slots: Tensor | None = None
     graph_inputs: tuple[int, Tensor, bool] | None = None  # of a decode step that is replayed, see DecodeGraphs.prepare
+    ends: Tensor | None = None  # i32 [3, Z] of a step whose last layer takes the sampled tokens alone, see GpuSteps
     mask: Tensor | None = None
     begun: bool = False
     ended: bool = False

@@ -46,14 +46,14 @@ def ragged(arch: int, head: int, page: int = 64, window: int = 0, tma: bool = Fa
     return "cuda_kernels.attention_ragged", "ragged_kernel", types, constants, arch, {"num_warps": 4}
 
 
-def rope(arch: int):
+def rope(arch: int, num_heads: int = 32):
     types = {"qkv": "*bf16", "q_out": "*bf16", "k_pages": "*fp8e4nv" if arch >= 89 else "*bf16", "write_at": "*i64"}
     types |= {"v_pages": types["k_pages"], "num_tokens": "i32"}
     types |= dict.fromkeys(("cos", "sin", "q_norm", "k_norm"), "*fp32")
     types |= dict.fromkeys(("eps", "offset", "inverse_k_scale", "inverse_v_scale"), "fp32")
     constants = {
-        "NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD": 128, "BLOCK_H": 128, "HALF": 64, "Q_NORM": True, "K_NORM": True,
-        "PAGE": 64, "BLOCK": 8,
+        "NUM_HEADS": num_heads, "NUM_KV_HEADS": 8, "HEAD": 128, "BLOCK_H": 128, "HALF": 64, "Q_NORM": True,
+        "K_NORM": True, "PAGE": 64, "BLOCK": 8,
     }  # fmt: skip
     return "cuda_kernels.rope_cache", "rope_write_kernel", types, constants, arch, {"num_warps": 2}
 
@@ -63,7 +63,7 @@ def test_kernels_compile():
         decode(80, 128, True), decode(90, 128, True), decode(90, 128, False, page=48, window=1000),
         decode(90, 256, True, capped=True), decode(90, 80, True, page=16, sinks=True),
         ragged(80, 128), ragged(90, 128), ragged(90, 128, tma=True), ragged(90, 256, page=16, window=512),
-        rope(80), rope(90),
+        rope(80), rope(90), rope(90, num_heads=0),
     ]  # fmt: skip
     for (_, name, _, constants, arch, _), done in zip(kernels, compile_kernels(kernels), strict=True):
         assert done["shared"] <= SHARED_BYTES[arch], name

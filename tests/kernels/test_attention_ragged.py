@@ -17,7 +17,7 @@ def check(case, *, q_tile=8, tolerance=2e-5, scales=(1.0, 1.0), **limits):
     q = written(case, 1, {}, scales).contiguous()
     want = expected(case, q, 1, 0.125, scales=scales, **limits)
     computed = case.lengths.cpu().numpy() - np.array(case.new)
-    work = make_work(np.array(case.new), q_tile, DEVICE, computed)
+    work = make_work(np.array(case.new), computed, q_tile, DEVICE)
     got = ragged_attention(
         q, case.cache, 1, case.page_table, case.slots, case.query_starts, case.lengths,
         work=work, scale=0.125, kv_scales=scales, **limits,
@@ -28,7 +28,7 @@ def check(case, *, q_tile=8, tolerance=2e-5, scales=(1.0, 1.0), **limits):
 
 
 def test_work_covers_every_query_once():
-    work = make_work(np.array([1, 20, 0, 8, 1, 9]), 8, DEVICE)
+    work = make_work(np.array([1, 20, 0, 8, 1, 9]), np.zeros(6, np.int64), 8, DEVICE)
     tiles = sorted(work.tiles.tolist())
     assert tiles == [[1, 0], [1, 8], [1, 16], [3, 0], [5, 0], [5, 8]]
     assert [first for _, first in work.tiles.tolist()] == [16, 8, 8, 0, 0, 0]
@@ -72,6 +72,6 @@ def test_a_row_does_not_depend_on_its_neighbours():
     q = written(both, 1, {}).contiguous()
     alone = ragged_attention(
         q[:20].contiguous(), both.cache, 1, both.page_table, both.slots[:1], both.query_starts[:2], both.lengths[:1],
-        work=make_work(np.array([20]), 8, DEVICE), scale=0.125,
+        work=make_work(np.array([20]), np.array([0]), 8, DEVICE), scale=0.125,
     )  # fmt: skip
     assert torch.equal(out[:20], alone)

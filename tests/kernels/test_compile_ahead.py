@@ -40,7 +40,7 @@ def work():
     rope, tokens = (torch.zeros(32), 1.0), torch.zeros(5, dtype=torch.int64)
     step_begin.begin_decode(numbers, numbers, numbers, tokens, tokens, [rope], x, 1.0, [(*[numbers] * 3, table)])
     q, cache = torch.empty(20, 8, 128, dtype=torch.bfloat16), torch.empty(1, 2, 4, 2, 64, 128, dtype=torch.bfloat16)
-    tiles = attention_ragged.make_work(np.array([1, 19]), 16, torch.device("cpu"))
+    tiles = attention_ragged.make_work(np.array([1, 19]), np.array([0, 0]), 16, torch.device("cpu"))
     attention_ragged.ragged_attention(q, cache, 0, table, numbers, starts, numbers, work=tiles, scale=1.0)
 
 with compile_jobs.rehearsal() as jobs:
