@@ -165,6 +165,11 @@ def copy_page(cache: Tensor, source: int, target: int, count: int, page_tokens: 
         cache[..., target : target + count, :] = cache[..., source : source + count, :]
 
 
+def write_keys(k: Tensor, v: Tensor, cache: Tensor, layer_index: int, work: Work) -> None:
+    """This step's keys and values into the pages, as paged_attention does it. k, v: [T, K, H]."""
+    plain.write(k, v, cache[layer_index], work.write_at)
+
+
 def paged_attention(
     q: Tensor,
     k: Tensor,

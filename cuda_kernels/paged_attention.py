@@ -156,14 +156,8 @@ def paged_attention(
     window: int | None,
     logit_cap: float | None,
 ) -> Tensor:
-    """Arguments as dispatch.paged_attention and dispatch.Work have them; cache is one layer's: [2, K, P * page, H].
-
-    What is not finite is stored as 0: pages outlive their tenants, and 0 * NaN behind a mask would reach a neighbour.
-    The row itself is told by its hidden states, which stay as they are.
-    """
-    kv = torch.stack((k, v)).nan_to_num_(0.0, 0.0, 0.0).to(cache.dtype)  # [2, T, K, H]
-    cache.index_copy_(2, write_at, kv.transpose(1, 2))
-    k, v = kv
+    """Arguments as dispatch.paged_attention and dispatch.Work have them; cache is one layer's: [2, K, P * page, H]."""
+    k, v = write(k, v, cache, write_at)
     pages = cache.view(2, cache.shape[1], -1, page_tokens * cache.shape[3])  # [2, K, P, page * H]
     if len(decodes) == len(q) and all(isinstance(part, Span) for part in decodes):  # in the order of the step
         return torch.cat([attend_in_place(q, cache, part, scale, logit_cap) for part in decodes])
@@ -187,6 +181,17 @@ def paged_attention(
             tile = slice(start + at, start + min(at + TILE_TOKENS, new))
             out[tile] = attend_tile(q[tile], pages, page_table[row], page_tokens, computed + at, limits)
     return out
+
+
+def write(k: Tensor, v: Tensor, cache: Tensor, write_at: Tensor) -> Tensor:
+    """Keys and values [T, K, H] into the pages -> [2, T, K, H], as stored. cache: [2, K, P * page, H].
+
+    What is not finite is stored as 0: pages outlive their tenants, and 0 * NaN behind a mask would reach a neighbour.
+    The row itself is told by its hidden states, which stay as they are.
+    """
+    kv = torch.stack((k, v)).nan_to_num_(0.0, 0.0, 0.0).to(cache.dtype)
+    cache.index_copy_(2, write_at, kv.transpose(1, 2))
+    return kv
 
 
 def attend_in_place(q: Tensor, cache: Tensor, span: Span, scale: float, cap: float | None) -> Tensor:

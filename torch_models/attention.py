@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cuda_kernels.dispatch import Work, decode_attention, paged_attention
+from cuda_kernels.dispatch import Work, decode_attention, paged_attention, write_keys
 from cuda_kernels.quant_weight import Weight
 from engine.specs import arch
 from torch_models.layers import rms_norm, rotate
@@ -57,17 +57,28 @@ class Attention(nn.Module):
                 logit_cap=spec.logit_cap,
             )
             return linear(out, self.o, self.o_bias), cache
-        qk, v = self.project(x)
-        if spec.qk_norm:
-            qk = rms_norm(qk, self.qk_norm, self.norms.eps, 0.0)
-        if cos is not None:
-            qk = rotate(qk, cos, sin)
-        q, k = qk[:, : spec.num_heads], qk[:, spec.num_heads :]
+        q, k, v = self.turned(x, cos, sin)
         out, cache = paged_attention(
             q, k, v, cache, layer_index, work, scale=spec.scale, window=spec.window, logit_cap=spec.logit_cap
         )
         out = out.reshape(x.shape[0], spec.num_heads * spec.head_size)
         return linear(out, self.o, self.o_bias), cache
+
+    def write(
+        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, cache: Tensor, layer_index: int, work: Work
+    ) -> None:
+        """The keys and values of forward, without the rest."""
+        _, k, v = self.turned(x, cos, sin)
+        write_keys(k, v, cache, layer_index, work)
+
+    def turned(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x: [T, D] -> q [T, N, H], k and v [T, K, H], normed and turned."""
+        qk, v = self.project(x)
+        if self.spec.qk_norm:
+            qk = rms_norm(qk, self.qk_norm, self.norms.eps, 0.0)
+        if cos is not None:
+            qk = rotate(qk, cos, sin)
+        return qk[:, : self.spec.num_heads], qk[:, self.spec.num_heads :], v
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: [T, D] -> q and k [T, N + K, H], which are normed and turned in one go, v [T, K, H]."""

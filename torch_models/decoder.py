@@ -24,6 +24,9 @@ from torch_models.layers import embed, head, rms_norm
 Params = Mapping[str, Any]
 """{"embed", "final_norm", "head" (absent when tied), "layers": of each layer part name -> tensor, or a Weight}"""
 
+Turns = dict[arch.RopeSpec | None, tuple[Tensor | None, Tensor | None]]
+"""cos and sin, f32 [T, R / 2], of each kind of rope"""
+
 
 class Layer(nn.Module):
     """x += mixer(norm(x)); x += ffn(norm(x)); with sandwich norms a further norm before each addition."""
@@ -85,17 +88,57 @@ class Decoder(nn.Module):
         token_ids: i64 [T] in [0, V); positions: i64 [T]; caches: one a pool;
         places: per layer (group, pool, index of the layer within its pool); works: one a group.
         """
-        x = embed(token_ids, self.embed, self.spec.embedding_scale)
         turns = self.turns(positions)
-        for layer, (group, pool, layer_index) in zip(self.layers, places, strict=True):
+        x = self.front(token_ids, turns, caches, places, works)
+        return self.behind(x, turns, caches, places, works), caches
+
+    def front(
+        self,
+        token_ids: Tensor,
+        turns: Turns,
+        caches: list[Tensor],
+        places: Sequence[tuple[int, int, int]],
+        works: Sequence[Work],
+    ) -> Tensor:
+        """All layers but the last. turns: of `turns`; the rest as forward has it. -> [T, D]."""
+        x = embed(token_ids, self.embed, self.spec.embedding_scale)
+        for layer, (group, pool, layer_index) in zip(self.layers, places[:-1], strict=False):
             cos, sin = turns[layer.spec.mixer.rope]
             x, caches[pool] = layer.forward(x, cos, sin, caches[pool], layer_index, works[group])
-        norm = self.spec.final_norm
-        return rms_norm(x, self.final_norm, norm.eps, norm.offset), caches
+        return x
 
-    def turns(self, positions: Tensor) -> dict[arch.RopeSpec | None, tuple[Tensor | None, Tensor | None]]:
+    def write_last(
+        self,
+        x: Tensor,
+        turns: Turns,
+        caches: list[Tensor],
+        places: Sequence[tuple[int, int, int]],
+        works: Sequence[Work],
+    ) -> None:
+        """The last layer's keys and values: all that is read of most tokens. x: [T, D], of `front`."""
+        layer, (group, pool, layer_index) = self.layers[-1], places[-1]
+        norms, turn = layer.spec.norms, turns[layer.spec.mixer.rope]
+        normed = rms_norm(x, layer.attn_norm, norms.eps, norms.offset)
+        layer.mixer.write(normed, *turn, caches[pool], layer_index, works[group])
+
+    def behind(
+        self,
+        x: Tensor,
+        turns: Turns,
+        caches: list[Tensor],
+        places: Sequence[tuple[int, int, int]],
+        works: Sequence[Work],
+    ) -> Tensor:
+        """The last layer and the final norm. x: [T, D], of `front`, or some of its tokens -> [T, D]."""
+        layer, (group, pool, layer_index) = self.layers[-1], places[-1]
+        cos, sin = turns[layer.spec.mixer.rope]
+        x, caches[pool] = layer.forward(x, cos, sin, caches[pool], layer_index, works[group])
+        norm = self.spec.final_norm
+        return rms_norm(x, self.final_norm, norm.eps, norm.offset)
+
+    def turns(self, positions: Tensor) -> Turns:
         """cos and sin, f32 [T, R / 2], of each kind of rope among the layers. positions: i64 [T]."""
-        turns: dict[arch.RopeSpec | None, tuple[Tensor | None, Tensor | None]] = {None: (None, None)}
+        turns: Turns = {None: (None, None)}
         for rope, (inv_freq, attention_scale) in self.frequencies.items():
             angles = positions.float()[:, None] * inv_freq
             turns[rope] = (torch.cos(angles) * attention_scale, torch.sin(angles) * attention_scale)

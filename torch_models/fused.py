@@ -18,11 +18,9 @@ from cuda_kernels.gpu_attention import GpuWork, HeadSpec, attend
 from cuda_kernels.quant_weight import Parts, QuantWeight, Weight, WideWeight
 from cuda_kernels.rope_cache import rope_and_write
 from engine.specs import arch
-from torch_models.decoder import Decoder, Layer
+from torch_models.decoder import Decoder, Layer, Turns
 from torch_models.ffn import GatedFfn
 from torch_models.layers import embed
-
-Turns = dict[arch.RopeSpec | None, tuple[Tensor | None, Tensor | None]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,8 @@ from cuda_kernels import invariant_linear as linear
 from cuda_kernels.gpu_attention import HeadSpec
 from cuda_kernels.invariant_attention import Scratch, Tiles, attention
 from cuda_kernels.rope_cache import rope_and_write
-from torch_models.decoder import Layer
-from torch_models.fused import FusedDecoder, Turns, capped
+from torch_models.decoder import Layer, Turns
+from torch_models.fused import FusedDecoder, capped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

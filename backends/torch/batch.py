@@ -15,7 +15,7 @@ from backends.torch.tables import Tables
 from cuda_kernels.dispatch import Work, decodes_in_one_call
 from cuda_kernels.paged_attention import Gather, Span, decode_groups, gathers, spans
 from engine.specs.cache import CacheLayout
-from engine.step import StepPlan, query_starts
+from engine.step import I32, StepPlan, query_starts
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,40 @@ def pack(plan: StepPlan, tables: Tables) -> Batch:
         index=token_index,
         slots=slots,
         logit_rows=logit_rows,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """The tokens that a step's last layer takes, each the newest of its row; padding is of the padding slot."""
+
+    places: Tensor  # i32 [3, Z] tokens of the step, slots, lengths
+    num_computed: list[int]  # [Z]
+
+
+def newest_rows(plan: StepPlan) -> I32 | None:
+    """The rows that logits are wanted of, [L], if of each it is its newest token alone."""
+    at = plan.logit_rows
+    newest = np.cumsum(plan.num_new) - 1
+    rows = np.minimum(np.searchsorted(newest, at), plan.num_rows - 1)
+    alone = (newest[rows] == at).all() and (rows[1:] > rows[:-1]).all()
+    return rows.astype(np.int32) if alone else None
+
+
+def newest(batch: Batch, ends: Ends) -> Batch:
+    """The step of those tokens alone."""
+    tokens, slots, lengths = ends.places.long()
+    each = torch.arange(len(tokens), device=tokens.device)
+    return Batch(
+        starts=list(range(len(tokens))),
+        num_new=[1] * len(tokens),
+        num_computed=ends.num_computed,
+        token_ids=batch.token_ids[tokens],
+        positions=batch.positions[tokens],
+        token_rows=each,
+        index=lengths - 1,
+        slots=slots,
+        logit_rows=each,
     )
 
 

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backends.torch.batch import Batch, known_ids, pack, rows_with, works_of
+from backends.torch.batch import Batch, Ends, known_ids, newest, newest_rows, pack, rows_with, works_of
 from backends.torch.results import Outcome, Scores
 from backends.torch.sample import pick, score
 from backends.torch.step import Loaded, Step
-from cuda_kernels.dispatch import copy_page
+from cuda_kernels.dispatch import Work, copy_page
 from engine.errors import fail
 from engine.opened import Use
 from engine.runner import Progress
@@ -24,6 +24,9 @@ SCORE_BYTES = 256 << 20  # logits of prompt tokens that are scored together
 
 
 class EagerSteps:
+    least_tokens: int | None = 32
+    """Of a step whose last layer takes the sampled tokens alone, behind all keys and values; None: no step is so."""
+
     def __init__(self, loaded: Loaded) -> None:
         self._loaded = loaded
 
@@ -41,7 +44,23 @@ class EagerSteps:
     def prepare(self, step: Step) -> None:
         """Copy out of the plan what the later jobs read."""
         step.batch = pack(step.plan, self._loaded.tables)
+        step.ends = self._ends(step.plan)
         step.sampling_slots = self._loaded.tables.to_device(step.plan.slots[step.sampling_rows].astype(np.int64))
+
+    def _ends(self, plan: StepPlan) -> Ends | None:
+        """The sampled rows; None where the last layer takes every token."""
+        count = len(plan.logit_rows)
+        many = self.least_tokens is not None and plan.num_tokens >= max(self.least_tokens, 2 * count)
+        rows = newest_rows(plan) if many and plan.prompt_logprobs is None else None
+        if rows is None:
+            return None
+        ends = np.repeat(np.array([[0], [self._loaded.config.max_slots], [1]], np.int32), self.padded(count), axis=1)
+        ends[:, :count] = plan.logit_rows, plan.slots[rows], plan.num_computed[rows] + plan.num_new[rows]
+        return Ends(self._loaded.tables.to_device(ends), (ends[2] - 1).tolist())
+
+    def padded(self, count: int) -> int:
+        """Z of so many sampled rows."""
+        return count
 
     def forward(self, step: Step) -> None:
         """Table updates, copies, the model, logits of the sampling rows, scores of prompt tokens."""
@@ -66,14 +85,29 @@ class EagerSteps:
 
         The former may stand in front of the last layer where the plan wants no scores of prompt tokens.
         """
-        hidden = self.hidden(batch, ids)
-        return hidden, hidden[batch.logit_rows]
+        if step.ends is None:
+            hidden = self.hidden(batch, ids)
+            return hidden, hidden[batch.logit_rows]
+        (works, places), decoder = self._places(batch), self._loaded.decoder
+        turns = decoder.turns(batch.positions)
+        hidden = decoder.front(ids, turns, *places, works)
+        decoder.write_last(hidden, turns, *places, works)
+        if not len(batch.logit_rows):
+            return hidden, hidden[:0]
+        few = newest(batch, step.ends)
+        works, places = self._places(few)
+        return hidden, decoder.behind(hidden[batch.logit_rows], decoder.turns(few.positions), *places, works)
 
     def hidden(self, batch: Batch, ids: Tensor) -> Tensor:
         """What the last layer leaves, as `logits` takes it: [T, D]. ids: i64 [T] in [0, V)."""
+        works, places = self._places(batch)
+        return self._loaded.decoder(ids, batch.positions, *places, works)[0]
+
+    def _places(self, batch: Batch) -> tuple[list[Work], tuple[list[Tensor], list[tuple[int, int, int]]]]:
+        """Attention's work, and where keys and values lie."""
         loaded = self._loaded
         works = works_of(batch, loaded.tables, loaded.layout, loaded.decoder.embed.dtype, loaded.caches[0].dtype)
-        return loaded.decoder(ids, batch.positions, loaded.caches, loaded.places, works)[0]
+        return works, (loaded.caches, loaded.places)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """f32 [T, V]. hidden: [T, D]."""

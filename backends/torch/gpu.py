@@ -29,16 +29,16 @@ from engine.errors import fail
 from engine.opened import Use
 from engine.runner import Progress
 from engine.step import I32, Sampler, StepPlan
-from torch_models.fused import FusedDecoder, Sampled, Turns
+from torch_models.decoder import Turns
+from torch_models.fused import FusedDecoder, Sampled
 
 WARM_TOKENS = (2, 5, 9, 17, 33, 65, 129, 257, 513, 2049)  # one of each class of sizes that kernels tell apart
 # both ends of each class of rows that attention tells apart: a launch is cut up otherwise from some number of rows on
 WARM_SINGLES = (1, 16, 17, 64, 65, 256, 257, 1024, 1025)
-LEAST_TOKENS = 129  # of a step whose last layer is cut: the products of fewer take as long as reading their weights
 
 
 class GpuSteps(EagerSteps):
-    cuts_last_layer = True
+    least_tokens = 129  # the products of fewer take as long as reading their weights
 
     def __init__(self, loaded: Loaded) -> None:
         super().__init__(loaded)
@@ -104,33 +104,20 @@ class GpuSteps(EagerSteps):
         )  # fmt: skip
         hidden = self.hidden(batch, ids)
         self.logits(hidden[last])
-        if self.cuts_last_layer and len(ids) >= LEAST_TOKENS:
+        if self.least_tokens is not None and len(ids) >= self.least_tokens:
             size = self._graphs.sizes[0]
             ends = np.repeat([[0], [self._loaded.config.max_slots], [1]], size, axis=1)
-            self._finish(hidden, *self._places(batch), tables.to_device(ends.astype(np.int32)))
+            self._finish(hidden, *self._turns_and_works(batch), tables.to_device(ends.astype(np.int32)))
 
     def prepare(self, step: Step) -> None:
         if self._is_decode(step.plan):
             step.graph_inputs = self._graphs.prepare(step.plan)
             return
         super().prepare(step)
-        ends = self._ends(step.plan)
-        step.ends = None if ends is None else self._loaded.tables.to_device(ends)
 
-    def _ends(self, plan: StepPlan) -> I32 | None:
-        """[3, Z] tokens, slots and lengths of the sampled rows; None where the last layer takes every token."""
-        at = plan.logit_rows
-        many = plan.num_tokens >= max(LEAST_TOKENS, 2 * len(at))
-        if not self.cuts_last_layer or not many or plan.prompt_logprobs is not None or len(at) > self._graphs.sizes[-1]:
-            return None
-        newest = np.cumsum(plan.num_new) - 1
-        rows = np.minimum(np.searchsorted(newest, at), plan.num_rows - 1)
-        if (newest[rows] != at).any() or (rows[1:] <= rows[:-1]).any():
-            return None
-        size = self._graphs.sizes[bisect_left(self._graphs.sizes, len(at))] if len(at) else 0
-        ends = np.repeat(np.array([[0], [self._loaded.config.max_slots], [1]], np.int32), size, axis=1)
-        ends[:, : len(at)] = at, plan.slots[rows], plan.num_computed[rows] + plan.num_new[rows]
-        return ends
+    def padded(self, count: int) -> int:
+        """Kernels are compiled for captured sizes."""
+        return self._graphs.sizes[bisect_left(self._graphs.sizes, count)] if count else 0
 
     def _is_decode(self, plan: StepPlan) -> bool:
         rows = plan.num_rows
@@ -176,19 +163,19 @@ class GpuSteps(EagerSteps):
     def passed(self, step: Step, batch: Batch, ids: Tensor) -> tuple[Tensor, Tensor]:
         if step.ends is None:
             return super().passed(step, batch, ids)
-        loaded, (turns, works) = self._loaded, self._places(batch)
+        loaded, (turns, works) = self._loaded, self._turns_and_works(batch)
         hidden = self._fused.run(self._fused.embedded(ids), turns, loaded.caches, loaded.places, works, but_last=True)
-        return hidden, self._finish(hidden, turns, works, step.ends)[: len(batch.logit_rows)]
+        return hidden, self._finish(hidden, turns, works, step.ends.places)[: len(batch.logit_rows)]
 
     def hidden(self, batch: Batch, ids: Tensor) -> Tensor:
-        loaded, (turns, works) = self._loaded, self._places(batch)
+        loaded, (turns, works) = self._loaded, self._turns_and_works(batch)
         return self._fused.run(self._fused.embedded(ids), turns, loaded.caches, loaded.places, works)
 
-    def _places(self, batch: Batch) -> tuple[Turns, list[GpuWork]]:
+    def _turns_and_works(self, batch: Batch) -> tuple[Turns, list[GpuWork]]:
         return self._loaded.decoder.turns(batch.positions), self._works(batch)
 
     def _finish(self, hidden: Tensor, turns: Turns, works: list[GpuWork], ends: Tensor) -> Tensor:
-        """The last layer, [Z, D]. hidden: [T, D] in front of it; ends: i32 [3, Z], see _ends."""
+        """The last layer, [Z, D]. hidden: [T, D] in front of it; ends: i32 [3, Z]."""
         loaded, (tokens, slots, lengths) = self._loaded, ends
         singles = [
             GpuWork(page_table=pages, slots=slots, lengths=lengths, workspace=self._graphs.workspace)

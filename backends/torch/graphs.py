@@ -27,7 +27,8 @@ from cuda_kernels.step_begin import DecodeStart, begin_decode
 from engine.errors import fail
 from engine.runner import Progress
 from engine.step import StepPlan
-from torch_models.fused import FusedDecoder, Turns, capped
+from torch_models.decoder import Turns
+from torch_models.fused import FusedDecoder, capped
 from torch_models.persistent import MOST_KEYS, persistent_decode
 
 SLOTS, COMPUTED, TOKENS, DELTAS = 0, 1, 2, 3  # rows of the input buffer; from DELTAS on three a group

@@ -17,7 +17,7 @@ from backends.torch.graphs import DecodeGraphs
 from backends.torch.step import Loaded
 from cuda_kernels.invariant_attention import Scratch, Tiles, make_scratch, make_tiles, query_tile
 from cuda_kernels.step_begin import DecodeStart
-from torch_models.fused import Turns
+from torch_models.decoder import Turns
 from torch_models.invariant import InvariantDecoder, InvariantWork
 
 
@@ -81,7 +81,7 @@ class InvariantGraphs(DecodeGraphs):
 
 
 class InvariantSteps(GpuSteps):
-    cuts_last_layer = False  # its decode kernels add up otherwise
+    least_tokens = None  # the decode kernels of the last layer would add up otherwise
 
     def make_graphs(self, loaded: Loaded) -> DecodeGraphs:
         return InvariantGraphs(loaded, self._fused)

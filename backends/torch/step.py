@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from backends.torch.batch import Batch
+from backends.torch.batch import Batch, Ends
 from backends.torch.results import Outcome
 from backends.torch.tables import Tables
 from engine.opened import Use
@@ -33,7 +33,7 @@ class Step:
     batch: Batch | None = None
     sampling_slots: Tensor | None = None
     graph_inputs: tuple[int, Tensor, bool] | None = None  # of a decode step that is replayed, see DecodeGraphs.prepare
-    ends: Tensor | None = None  # i32 [3, Z] of a step whose last layer takes the sampled tokens alone, see GpuSteps
+    ends: Ends | None = None  # what the last layer takes, unless it takes every token
     mask: Tensor | None = None
     begun: bool = False
     ended: bool = False

@@ -16,21 +16,20 @@ from tests.kernels.interpreter import DEVICE  # before triton
 
 pytest.importorskip("triton")
 
-from backends.torch import gpu
 from backends.torch.gpu import GpuSteps
+from backends.torch.rehearsal import one_layer_of_each_kind
 from backends.torch.runner import Runner
 from engine.specs.arch import ArchSpec
-from engine.specs.families.fields import Fields
-from engine.specs.families.quantization import parse_quantization
 from engine.step import PromptLogprobs
-from tests.backends.driver import Driver, Seq, llama
+from tests.backends.driver import Driver, llama
+from tests.backends.last_layer import ARCHS, STEPS, check_same, served
 from torch_models.fused import FusedDecoder
 
 
 @pytest.fixture
 def finished(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(tokens, sampled rows with their padding) of each step that cuts its last layer."""
-    monkeypatch.setattr(gpu, "LEAST_TOKENS", 6)
+    monkeypatch.setattr(GpuSteps, "least_tokens", 6)
     found = []
     plain: Callable[..., torch.Tensor] = FusedDecoder.finish
 
@@ -42,63 +41,14 @@ def finished(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return found
 
 
-def normed() -> ArchSpec:
-    """Query-key and sandwich norms, biases; the last layer has a window."""
-    spec = llama(windows=(None, 20))
-    layers = tuple(
-        replace(
-            layer,
-            mixer=replace(layer.mixer, qk_norm=True, qkv_bias=True, out_bias=True),
-            norms=replace(layer.norms, sandwich=True, offset=1.0),
-        )
-        for layer in spec.layers
-    )
-    return replace(spec, layers=layers)
-
-
-def served(arch: ArchSpec, **config: object) -> tuple[list[Seq], list[torch.Tensor]]:
-    """Three sequences whose chunks stand beside decoding rows, then four tokens of each; and the pages."""
-    driver = Driver(Runner(), arch, seed=5, device=DEVICE.type, **config)
-    seqs = [driver.new(driver.prompt(length), num_logprobs=0) for length in (40, 30, 9)]
-    driver.step([(seqs[0], 25)])  # nobody samples
-    driver.step([(seqs[0], 8), (seqs[2], 9)])
-    driver.step([(seqs[2], 1), (seqs[0], 7), (seqs[1], 30)])
-    for _ in range(3):
-        driver.step([(seq, 1) for seq in seqs])
-    caches = [cache.clone() for cache in driver.runner._work._loaded.caches]  # type: ignore[attr-defined]
-    driver.runner.shutdown()
-    return seqs, caches
-
-
-def quantised(**config: object) -> ArchSpec:
-    quant = parse_quantization(Fields({"quantization_config": config}))
-    return replace(llama(), tied_embeddings=False, quant=quant)
-
-
-ARCHS = {
-    "plain": llama(),
-    "window": llama(windows=(20, None)),
-    "normed": normed(),
-    "gptq": quantised(quant_method="gptq", bits=4, group_size=32, desc_act=True),
-    "blocks": quantised(quant_method="fp8", weight_block_size=[128, 128]),
-}
-
-
 @pytest.mark.parametrize("arch", ARCHS.values(), ids=ARCHS)
 def test_as_the_whole_layer(arch: ArchSpec, finished: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    cut, pages = served(arch)
-    assert finished[-3:] == [(25, 0), (17, 1), (38, 4)]
+    cut = served(arch, DEVICE.type)
+    assert finished[-3:] == [(tokens, 4 if rows == 3 else rows) for tokens, rows in STEPS]
     count = len(finished)
-    monkeypatch.setattr(GpuSteps, "cuts_last_layer", False)
-    whole, whole_pages = served(arch)
+    monkeypatch.setattr(GpuSteps, "least_tokens", None)
+    check_same(cut, served(arch, DEVICE.type), slice(1, None))
     assert len(finished) == count
-    for ours, theirs in zip(cut, whole, strict=True):
-        assert ours.outputs == theirs.outputs
-        assert ours.errors == theirs.errors
-        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=2e-5)
-    for ours_too, theirs_too in zip(pages, whole_pages, strict=True):
-        torch.testing.assert_close(ours_too[:, :, 1:], theirs_too[:, :, 1:], atol=2e-5, rtol=1e-4)  # page 0: padding's
-        assert ours_too[:, :, 1:].abs().amax(dim=(1, 2, 3, 4, 5)).min() > 0  # every layer has written
 
 
 def test_what_takes_every_token(finished: list[tuple[int, int]]) -> None:
@@ -112,7 +62,7 @@ def test_what_takes_every_token(finished: list[tuple[int, int]]) -> None:
     driver.step([*((seq, 1) for seq in two), (seqs[2], 3)])
     driver.step([(seqs[3], 3), (seqs[4], 3)])
     assert finished == [(6, 2)]
-    served(llama(), batch_invariant=True)
+    served(llama(), DEVICE.type, batch_invariant=True)
     assert len(finished) == 1
 
 
@@ -124,3 +74,13 @@ def test_a_broken_row_is_flagged_alone(finished: list[tuple[int, int]]) -> None:
     driver.step(rows)
     assert finished == [(11, 2)]
     assert [bool(seq.errors[0]) for seq, _ in rows] == [False, True, True]
+
+
+def test_warm_up_runs_it(finished: list[tuple[int, int]]) -> None:
+    """On a GPU kernels are compiled there, also from a model cut down to a layer of each kind."""
+    driver = Driver(Runner(), ARCHS["window"], seed=5, device=DEVICE.type, warm=False, max_batched_tokens=20)
+    steps = driver.runner._work  # type: ignore[attr-defined]
+    with one_layer_of_each_kind(steps._fused, steps._loaded.places):
+        steps._warm_others()
+    assert (20, 1) in finished
+    assert all(tokens >= 6 for tokens, _ in finished)
