@@ -23,7 +23,7 @@ static: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(PYTEST) tests/test_layers.py
+	$(PYTEST) tests/test_layers.py tests/test_twins.py
 
 engine: $(VENV)/.test
 	$(PYTEST) -m "not slow" tests/engine --ignore tests/engine/entrypoints

@@ -35,17 +35,22 @@ class Attention(nnx.Module):
     ) -> tuple[Array, Array]:
         """x: [T, D]; cos, sin: f32 [T, R / 2], None without rope -> ([T, D], cache with this step's tokens)."""
         spec = self.spec
-        q, k, v = self.project(x)
-        if spec.qk_norm:
-            q = rms_norm(q, self.q_norm, self.norms.eps, self.norms.offset)
-            k = rms_norm(k, self.k_norm, self.norms.eps, self.norms.offset)
-        if cos is not None:
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = self.turned(x, cos, sin)
         out, cache = paged_attention(
             q, k, v, cache, layer_index, work, scale=spec.scale, window=spec.window, logit_cap=spec.logit_cap
         )
         out = out.reshape(x.shape[0], spec.num_heads * spec.head_size)
         return linear(out, self.o, self.o_bias), cache
+
+    def turned(self, x: Array, cos: Array | None, sin: Array | None) -> tuple[Array, Array, Array]:
+        """x: [T, D] -> q [T, N, H], k and v [T, K, H], normed and turned."""
+        q, k, v = self.project(x)
+        if self.spec.qk_norm:
+            q = rms_norm(q, self.q_norm, self.norms.eps, self.norms.offset)
+            k = rms_norm(k, self.k_norm, self.norms.eps, self.norms.offset)
+        if cos is not None:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return q, k, v
 
     def project(self, x: Array) -> tuple[Array, Array, Array]:
         """x: [T, D] -> q [T, N, H], k [T, K, H], v [T, K, H]."""

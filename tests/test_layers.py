@@ -1,4 +1,4 @@
-"""The house rules that a program can check: layers, cycles, forbidden imports, sizes, names, twins, unsafe calls.
+"""The house rules that a program can check: layers, cycles, forbidden imports, sizes, names, unsafe calls.
 
 Everything is read with `ast`, imports inside functions included. An exception is a line in one of the tables here, with
 its reason; an entry that no longer applies fails too, so the tables cannot rot.
@@ -11,8 +11,6 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("engine", "backends", "jax_models", "torch_models", "pallas_kernels", "cuda_kernels")
@@ -425,64 +423,6 @@ def test_no_assert_in_the_product() -> None:
     assert not problems, "\n".join(problems)
 
 
-# Names that only one twin has, with the reason; the rest must be equal, in order, with equal argument names.
-TWINS = ("decoder", "attention", "ffn", "linear", "layers", "recurrent", "towers")
-ONE_SIDED: dict[str, str] = {
-    "torch_models/linear.py:linear_f32": "jax takes it from pallas_kernels.dispatch: on a CPU it is a kernel",
-}
-
-
-def surface(path: str) -> list[tuple[str, tuple[str, ...]]]:
-    """Classes and functions of a module in order, methods under their class, each with its argument names."""
-    found: list[tuple[str, tuple[str, ...]]] = []
-    for node in tree(path).body:
-        if isinstance(node, ast.FunctionDef):
-            found.append((node.name, arguments_of(node)))
-        elif isinstance(node, ast.ClassDef):
-            found.append((node.name, ()))
-            found += [(f"{node.name}.{m.name}", arguments_of(m)) for m in node.body if isinstance(m, ast.FunctionDef)]
-    return [(name, args) for name, args in found if f"{path}:{name}" not in ONE_SIDED]
-
-
-def arguments_of(function: ast.FunctionDef) -> tuple[str, ...]:
-    return tuple(a.arg for a in function.args.posonlyargs + function.args.args + function.args.kwonlyargs)
-
-
-# Files of the twin folders that are no twin -> why.
-UNPAIRED = {
-    "torch_models/fused.py": "the twins' own layer in a GPU's fused launches",
-    "torch_models/invariant.py": "the same with one order of sums for every row, by kernels of its own",
-    "torch_models/persistent.py": "a whole decode step of a small model in one GPU launch",
-    "jax_models/fused.py": "the same for a few tokens on a CPU: a layer is one C++ call",
-}
-
-SPELLINGS = {"__call__": "forward"}  # flax.nnx calls a module, torch.nn asks for forward
-
-
-@pytest.mark.parametrize("name", TWINS)
-def test_twins(name: str) -> None:
-    """jax_models/x.py and torch_models/x.py: the same names in the same order with the same arguments."""
-    left, right = f"jax_models/{name}.py", f"torch_models/{name}.py"
-    present = [path for path in (left, right) if path in sources()]
-    if not present:
-        assert name in ("recurrent", "towers"), f"neither {left} nor {right} exists"
-        return
-    assert present == [left, right], f"{present[0]} has no twin"
-
-    def spelled(path: str) -> list[tuple[str, tuple[str, ...]]]:
-        return [(".".join(SPELLINGS.get(p, p) for p in name.split(".")), args) for name, args in surface(path)]
-
-    assert spelled(left) == spelled(right)
-
-
-def test_twin_folders_hold_nothing_else() -> None:
-    for folder in ("jax_models", "torch_models"):
-        names = {Path(path).stem for path in sources() if path.startswith(folder + "/")} - {"__init__"}
-        names -= {Path(path).stem for path in UNPAIRED if path.startswith(folder + "/")}
-        assert names <= set(TWINS), f"{folder}: {sorted(names - set(TWINS))}"
-    assert set(UNPAIRED) <= set(sources())
-
-
 def test_exceptions_still_apply() -> None:
     """Runs the sized rules again and fails for an exception that nothing needs any more."""
     USED.clear()
@@ -493,8 +433,4 @@ def test_exceptions_still_apply() -> None:
         except AssertionError:
             continue
     stale = [f"{where} ({rule})" for rule, where in EXCEPTIONS if (rule, where) not in USED]
-    for entry in ONE_SIDED:
-        path, name = entry.split(":")
-        if not any(isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == name for n in tree(path).body):
-            stale.append(entry)
     assert not stale, f"exceptions that nothing needs: {stale}"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cuda_kernels.dispatch import Work, decode_attention, paged_attention, write_keys
+from cuda_kernels.dispatch import Work, decode_attention, paged_attention
 from cuda_kernels.quant_weight import Weight
 from engine.specs import arch
 from torch_models.layers import rms_norm, rotate
@@ -63,13 +63,6 @@ class Attention(nn.Module):
         )
         out = out.reshape(x.shape[0], spec.num_heads * spec.head_size)
         return linear(out, self.o, self.o_bias), cache
-
-    def write(
-        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, cache: Tensor, layer_index: int, work: Work
-    ) -> None:
-        """The keys and values of forward, without the rest."""
-        _, k, v = self.turned(x, cos, sin)
-        write_keys(k, v, cache, layer_index, work)
 
     def turned(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """x: [T, D] -> q [T, N, H], k and v [T, K, H], normed and turned."""

@@ -88,53 +88,13 @@ class Decoder(nn.Module):
         token_ids: i64 [T] in [0, V); positions: i64 [T]; caches: one a pool;
         places: per layer (group, pool, index of the layer within its pool); works: one a group.
         """
-        turns = self.turns(positions)
-        x = self.front(token_ids, turns, caches, places, works)
-        return self.behind(x, turns, caches, places, works), caches
-
-    def front(
-        self,
-        token_ids: Tensor,
-        turns: Turns,
-        caches: list[Tensor],
-        places: Sequence[tuple[int, int, int]],
-        works: Sequence[Work],
-    ) -> Tensor:
-        """All layers but the last. turns: of `turns`; the rest as forward has it. -> [T, D]."""
         x = embed(token_ids, self.embed, self.spec.embedding_scale)
-        for layer, (group, pool, layer_index) in zip(self.layers, places[:-1], strict=False):
+        turns = self.turns(positions)
+        for layer, (group, pool, layer_index) in zip(self.layers, places, strict=True):
             cos, sin = turns[layer.spec.mixer.rope]
             x, caches[pool] = layer.forward(x, cos, sin, caches[pool], layer_index, works[group])
-        return x
-
-    def write_last(
-        self,
-        x: Tensor,
-        turns: Turns,
-        caches: list[Tensor],
-        places: Sequence[tuple[int, int, int]],
-        works: Sequence[Work],
-    ) -> None:
-        """The last layer's keys and values: all that is read of most tokens. x: [T, D], of `front`."""
-        layer, (group, pool, layer_index) = self.layers[-1], places[-1]
-        norms, turn = layer.spec.norms, turns[layer.spec.mixer.rope]
-        normed = rms_norm(x, layer.attn_norm, norms.eps, norms.offset)
-        layer.mixer.write(normed, *turn, caches[pool], layer_index, works[group])
-
-    def behind(
-        self,
-        x: Tensor,
-        turns: Turns,
-        caches: list[Tensor],
-        places: Sequence[tuple[int, int, int]],
-        works: Sequence[Work],
-    ) -> Tensor:
-        """The last layer and the final norm. x: [T, D], of `front`, or some of its tokens -> [T, D]."""
-        layer, (group, pool, layer_index) = self.layers[-1], places[-1]
-        cos, sin = turns[layer.spec.mixer.rope]
-        x, caches[pool] = layer.forward(x, cos, sin, caches[pool], layer_index, works[group])
         norm = self.spec.final_norm
-        return rms_norm(x, self.final_norm, norm.eps, norm.offset)
+        return rms_norm(x, self.final_norm, norm.eps, norm.offset), caches
 
     def turns(self, positions: Tensor) -> Turns:
         """cos and sin, f32 [T, R / 2], of each kind of rope among the layers. positions: i64 [T]."""

@@ -19,6 +19,7 @@ from engine.errors import fail
 from engine.opened import Use
 from engine.runner import Progress
 from engine.step import Sampler, StepPlan
+from torch_models import last_layer
 
 SCORE_BYTES = 256 << 20  # logits of prompt tokens that are scored together
 
@@ -90,13 +91,15 @@ class EagerSteps:
             return hidden, hidden[batch.logit_rows]
         (works, places), decoder = self._places(batch), self._loaded.decoder
         turns = decoder.turns(batch.positions)
-        hidden = decoder.front(ids, turns, *places, works)
-        decoder.write_last(hidden, turns, *places, works)
+        hidden = last_layer.front(decoder, ids, turns, *places, works)
+        last_layer.write(decoder, hidden, turns, *places, works)
         if not len(batch.logit_rows):
             return hidden, hidden[:0]
         few = newest(batch, step.ends)
         works, places = self._places(few)
-        return hidden, decoder.behind(hidden[batch.logit_rows], decoder.turns(few.positions), *places, works)
+        return hidden, last_layer.behind(
+            decoder, hidden[batch.logit_rows], decoder.turns(few.positions), *places, works
+        )
 
     def hidden(self, batch: Batch, ids: Tensor) -> Tensor:
         """What the last layer leaves, as `logits` takes it: [T, D]. ids: i64 [T] in [0, V)."""
