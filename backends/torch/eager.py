@@ -25,7 +25,7 @@ SCORE_BYTES = 256 << 20  # logits of prompt tokens that are scored together
 
 
 class EagerSteps:
-    least_tokens: int | None = 32
+    least_tokens: int | None = 128
     """Of a step whose last layer takes the sampled tokens alone, behind all keys and values; None: no step is so."""
 
     def __init__(self, loaded: Loaded) -> None:
