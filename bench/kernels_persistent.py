@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from cuda_kernels import attention_decode, small_linear
+from cuda_kernels.cuda_module import runs_on
 from cuda_kernels.gpu_attention import GpuWork, HeadSpec, attend
-from cuda_kernels.persistent import LayerTensors, PersistentDecode, Shape, runs_on
+from cuda_kernels.persistent import LayerTensors, PersistentDecode, Shape
 
 EPS, PAGE = 1e-6, 64
 SMALL = {"width": 1024, "heads": 16, "kv_heads": 8, "head_size": 128, "ffn": 3072, "vocab": 151936, "qk_norm": True,

@@ -1,4 +1,4 @@
-"""How many triton kernels this process has compiled or loaded: the counter behind "nothing compiles after ready"."""
+"""How many kernels this process has compiled or loaded: the counter behind "nothing compiles after ready"."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _names: list[str] = []
 
 
 def count() -> int:
-    """Variants so far. Counting begins with the first call of `begin`."""
+    """Variants so far. Counting triton's begins with the first call of `begin`."""
     return len(_names)
 
 
@@ -19,8 +19,13 @@ def names() -> tuple[str, ...]:
     return tuple(_names)
 
 
+def add(name: str) -> None:
+    """A kernel that triton has no part in."""
+    _names.append(name)
+
+
 def begin() -> None:
-    """Count from here on, besides whoever listens already. Called once a runner; a second call changes nothing."""
+    """Count triton's from here on, besides whoever listens already. Called once a runner; again changes nothing."""
     if getattr(knobs.runtime.jit_post_compile_hook, "counts", False):
         return
     former = knobs.runtime.jit_post_compile_hook

@@ -2,7 +2,7 @@
 
 Where a model's weights are read in less time than five launches a layer take to follow each other, one resident grid
 that streams weights all the while is ahead. The source is csrc/persistent_decode.cu, compiled for one shape
-by persistent_module.py; torch_models/persistent.py fills in the weights. Same results as the launches of
+by cuda_module.py; torch_models/persistent.py fills in the weights. Same results as the launches of
 torch_models/fused.py, but for the order of sums. Up to 8 rows. Needs a GPU of sm_90 and torch's NVRTC.
 Letters: T rows · D width · N query heads · K KV heads · H head size · F ffn width · V vocabulary · L layers.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cuda_kernels import persistent_module
+from cuda_kernels import compiles, cuda_module
 
 SOURCE = Path(__file__).parent / "csrc" / "persistent_decode.cu"
 SLICE = 1024  # inner values of a ring slot: widths must be multiples
@@ -191,18 +191,12 @@ class PersistentDecode:
         self._kernel.launch(self.blocks, argument)
 
 
-def runs_on(device: torch.device) -> bool:
-    """Whether the device and torch's libraries can run the kernel."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        return False
-    return persistent_module.nvrtc_library() is not None
-
-
 @functools.cache
-def kernel_for(shape: Shape, device: torch.device) -> persistent_module.Kernel:
+def kernel_for(shape: Shape, device: torch.device) -> cuda_module.Kernel:
     """The kernel, compiled and loaded at the first call."""
-    cubin = persistent_module.cubin_of(SOURCE.read_text(), shape.defines(), torch.cuda.get_device_capability(device))
-    kernel = persistent_module.Kernel(cubin, "persistent_decode", shape.shared_bytes(), (WARPS + 1) * 32)
+    compiles.add(f"persistent_decode {shape}")
+    cubin = cuda_module.cubin_of(SOURCE.read_text(), shape.defines(), torch.cuda.get_device_capability(device))
+    kernel = cuda_module.Kernel(cubin, "persistent_decode", shape.shared_bytes(), (WARPS + 1) * 32)
     if kernel.resident_blocks() < 1:
-        raise persistent_module.CompileError("a multiprocessor does not hold a block of the kernel")
+        raise cuda_module.CompileError("a multiprocessor does not hold a block of the kernel")
     return kernel

@@ -17,20 +17,22 @@ import triton
 from torch import Tensor
 from torch.nn import functional
 
+from cuda_kernels import slab_linear
 from cuda_kernels.fused import gated, launch_options, rms_norm
 from cuda_kernels.small_linear_kernels import ACTIVATIONS, tile_kernel, vector_kernel
-from cuda_kernels.small_linear_plan import LIBRARY, Plan, plan_of
+from cuda_kernels.small_linear_plan import LIBRARY, SLAB, Plan, plan_of
 
 LEAST_ROWS = 16  # of a tile kernel's program: a decode step of eight rows took 4.36 ms with 16 and 4.61 ms with 8
 MOST_ROWS = 128  # of a tile kernel's program; more rows take more programs
 MOST_INNER = 32768  # of the vector kernel, which holds a row in registers
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LEAST_SLAB_ROWS = 2  # of one row the vector kernel is as fast
 COUNTERS = 1 << 14  # tiles of a split product
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, plan: Plan | None = None) -> Tensor:
     """x @ weight.T + bias. x: [T, I]; weight: [O, I]; bias: [O] -> [T, O]."""
-    plan = plan or choose(x, weight, gated=False)
+    plan = plan or choose(x, weight)
     if plan.kernel == "library":
         return functional.linear(x, weight, bias)
     return product(x, weight, bias, plan)
@@ -48,7 +50,7 @@ def linear_add(
 
     The residual may be overwritten with the sum: it is the caller's no more.
     """
-    plan = plan or choose(x, weight, gated=False)
+    plan = plan or choose(x, weight)
     if plan.kernel == "library":
         out = residual.addmm_(x, weight.t())  # in place: another output would first be filled with the residual
         return out if bias is None else out.add_(bias)
@@ -66,7 +68,7 @@ def norm_linear(
     plan: Plan | None = None,
 ) -> Tensor:
     """rms_norm(x) @ weight.T + bias. x: [T, I]; norm_weight: f32 [I]; weight: [O, I]; bias: [O] -> [T, O]."""
-    plan = plan or choose(x, weight, gated=False)
+    plan = plan or choose(x, weight, norm=True)
     if plan.kernel == "library":
         return functional.linear(rms_norm(x, norm_weight, eps, offset), weight, bias)
     return product(x, weight, bias, plan, norm=(norm_weight, eps, offset))
@@ -86,7 +88,7 @@ def norm_gated(
     """act(gate) * up of rms_norm(x). x: [T, I]; norm_weight: f32 [I]; gate_up: [2F, I]; bias: [2F] -> [T, F]."""
     if activation not in ACTIVATIONS or not activation:
         raise ValueError(f"activation {activation!r}: not one of {[name for name in ACTIVATIONS if name]}")
-    plan = plan or choose(x, gate_up, gated=True)
+    plan = plan or choose(x, gate_up, activation, norm=True)
     if plan.kernel == "library":
         return gated(functional.linear(rms_norm(x, norm_weight, eps, offset), gate_up, bias), activation)
     return product(x, gate_up, bias, plan, norm=(norm_weight, eps, offset), activation=activation)
@@ -108,7 +110,7 @@ def head(
         out = torch.empty(rows, width, dtype=torch.float32, device=x.device)
     if out.shape != (rows, width) or out.dtype != torch.float32 or not out.is_contiguous():
         raise ValueError(f"out {tuple(out.shape)} {out.dtype} does not hold f32 logits [{rows}, {width}]")
-    plan = plan or choose(x, weight, gated=False)
+    plan = plan or from_table(x, weight)
     if plan.kernel != "library":
         return product(x, weight, None, plan, norm=(norm_weight, eps, offset), out=out)
     normed = rms_norm(x, norm_weight, eps, offset)
@@ -128,13 +130,19 @@ def prefers(rows: int, weight_shape: tuple[int, int], dtype: torch.dtype, gated:
     return known and plan_of(rows, *weight_shape, gated).kernel != "library"
 
 
-def choose(x: Tensor, weight: Tensor, *, gated: bool) -> Plan:
+def choose(x: Tensor, weight: Tensor, activation: str = "", *, norm: bool = False) -> Plan:
     """The plan of a product. x: [T, I]; weight: [O, I]."""
     rows, inner = x.shape
     if weight.dim() != 2 or weight.shape[1] != inner or weight.dtype != x.dtype:
         raise ValueError(f"x {tuple(x.shape)} {x.dtype} and weight {tuple(weight.shape)} {weight.dtype}")
-    shape = (weight.shape[0], inner)
-    return plan_of(rows, *shape, gated) if prefers(rows, shape, x.dtype, gated) else LIBRARY
+    if rows >= LEAST_SLAB_ROWS and slab_linear.chosen(x, weight, activation, norm) is not None:
+        return SLAB
+    return from_table(x, weight, activation != "")
+
+
+def from_table(x: Tensor, weight: Tensor, gated: bool = False) -> Plan:
+    shape = (weight.shape[0], weight.shape[1])
+    return plan_of(len(x), *shape, gated) if prefers(len(x), shape, x.dtype, gated) else LIBRARY
 
 
 def product(
@@ -156,6 +164,9 @@ def product(
     if norm is not None and norm_is_apart(plan, x.dtype):
         x, norm = rms_norm(x, *norm), None
     x = x.contiguous()
+    if plan.kernel == "slab":
+        residual = None if residual is None else residual.contiguous()
+        return slab_linear.product(x, weight, bias, residual, norm, activation)
     if out is None:
         out = torch.empty(rows, num_out, dtype=x.dtype, device=x.device)
     if not rows:

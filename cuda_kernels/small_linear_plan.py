@@ -19,7 +19,7 @@ TABLE = Path(__file__).parent / "data" / "small_linear.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """One way to run a product. kernel: vector (one row), tile, or library (cuBLAS with norm and gate apart)."""
+    """One way to run a product. kernel: vector (one row), tile, slab, or library (cuBLAS, norm and gate apart)."""
 
     kernel: str
     block_out: int = 64
@@ -33,6 +33,7 @@ class Plan:
 
 
 LIBRARY = Plan(kernel="library")
+SLAB = Plan(kernel="slab")
 
 
 @functools.cache

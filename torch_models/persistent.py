@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cuda_kernels.persistent import LayerTensors, PersistentDecode, Shape, runs_on
-from cuda_kernels.persistent_module import CompileError
+from cuda_kernels.cuda_module import CompileError, runs_on
+from cuda_kernels.persistent import LayerTensors, PersistentDecode, Shape
 from engine.specs.arch import ArchSpec, LayerSpec
 from torch_models.decoder import Layer
 from torch_models.fused import FusedDecoder

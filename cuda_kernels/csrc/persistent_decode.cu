@@ -1,4 +1,4 @@
-// All layers of a decode step of a small model, and its head, in one launch; compiled by persistent_module.py (NVRTC).
+// All layers of a decode step of a small model, and its head, in one launch; compiled by cuda_module.py (NVRTC).
 //
 // One block a multiprocessor, all resident (the launch is cooperative), goes through five phases a layer: norm and qkv;
 // query-key norm, rope, cache write and attention; o and residual; norm, gate and up; down and residual. Then norm and

@@ -11,11 +11,11 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from bench.kernels_persistent import SMALL, Case, decoder_of, exact, five_launches  # noqa: E402
-from cuda_kernels import attention_decode, persistent_module  # noqa: E402
-from cuda_kernels.persistent import SHARED_BYTES, SOURCE, Arguments, Shape, runs_on  # noqa: E402
+from cuda_kernels import attention_decode, cuda_module  # noqa: E402
+from cuda_kernels.persistent import SHARED_BYTES, SOURCE, Arguments, Shape  # noqa: E402
 
 SHAPE = Shape(layers=2, **SMALL)
-ON_GPU = torch.cuda.is_available() and runs_on(torch.device("cuda", 0))
+ON_GPU = torch.cuda.is_available() and cuda_module.runs_on(torch.device("cuda", 0))
 
 
 def test_shapes_that_fit() -> None:
@@ -49,9 +49,9 @@ def declaration(line: str) -> list[str]:
     return [first.split()[-1], *rest]
 
 
-@pytest.mark.skipif(persistent_module.nvrtc_library() is None, reason="needs torch's NVRTC")
+@pytest.mark.skipif(cuda_module.nvrtc_library() is None, reason="needs torch's NVRTC")
 def test_compiles() -> None:
-    assert persistent_module.compile_source(SOURCE.read_text(), SHAPE.defines(), (9, 0))
+    assert cuda_module.compile_source(SOURCE.read_text(), SHAPE.defines(), (9, 0))
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU of compute capability 9.0")

@@ -1,8 +1,8 @@
 """A CUDA C++ source as a launchable kernel: compiled at first use by NVRTC, which torch's CUDA wheels bring along.
 
-No compiler is needed where this runs. Libraries are called through ctypes; the kernel is launched on torch's current
-stream, so a CUDA graph captures it. The launch is cooperative: the driver refuses it unless all blocks are resident at
-once, which a barrier of all blocks needs. Called by persistent.py.
+No compiler is needed where this runs. Libraries are called through ctypes; kernels are launched on torch's current
+stream, so a CUDA graph captures them: all blocks resident at once (persistent.py), or in clusters that start while the
+kernel in front runs (slab_linear.py).
 """
 
 from __future__ import annotations
@@ -18,6 +18,26 @@ import torch
 from triton.runtime.cache import get_cache_manager
 
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+CLUSTER, OVERLAP = 4, 6  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class Attribute(ctypes.Structure):
+    """CUlaunchAttribute: its value is a union of 64 bytes."""
+
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint * 16)]
+
+
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(Attribute)),
+        ("count", ctypes.c_uint),
+    ]
 
 
 class CompileError(RuntimeError):
@@ -45,12 +65,22 @@ class Kernel:
         return count.value
 
     def launch(self, blocks: int, argument: ctypes.Structure) -> None:
-        """On torch's current stream. argument: the kernel's only one; it is copied."""
+        """All blocks resident at once: else the driver refuses. argument: the kernel's only one; it is copied."""
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
         places = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
         launched = cuda_driver().cuLaunchCooperativeKernel(
             self._function, blocks, 1, 1, self._threads, 1, 1, self._shared, stream, places
         )
+        check(launched, "launch")
+
+    def launch_overlapped(self, blocks: int, argument: ctypes.Structure, cluster: int) -> None:
+        """In clusters of so many blocks, while the kernel in front may still run: the kernel itself waits for it."""
+        attributes = (Attribute * 2)(Attribute(CLUSTER, 0, (cluster, 1, 1)), Attribute(OVERLAP, 0, (1,)))
+        config = LaunchConfig(
+            (blocks, 1, 1), (self._threads, 1, 1), self._shared, torch.cuda.current_stream().cuda_stream, attributes, 2
+        )
+        places = (ctypes.c_void_p * 1)(ctypes.addressof(argument))
+        launched = cuda_driver().cuLaunchKernelEx(ctypes.byref(config), self._function, places, None)
         check(launched, "launch")
 
 
@@ -89,6 +119,14 @@ def compile_source(source: str, defines: Mapping[str, int], capability: tuple[in
         return cubin.raw
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+@functools.cache
+def runs_on(device: torch.device) -> bool:
+    """Whether the device and torch's libraries can run the kernels of csrc (sm_90)."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    return nvrtc_library() is not None
 
 
 @functools.cache
