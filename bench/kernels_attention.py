@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from cuda_kernels.attention_decode import decode_attention, make_workspace
+from cuda_kernels.attention_items import make_items
 from cuda_kernels.attention_ragged import make_work, query_tile, ragged_attention
 from cuda_kernels.rope_cache import rope_and_write
 
@@ -79,10 +80,11 @@ def decode_line(
     qkv = torch.randn(count, (heads + 2 * kv_heads) * size, device=DEVICE, dtype=torch.bfloat16)
     cos, sin = torch.rand(2, count, size // 2, device=DEVICE).unbind()
     workspace = make_workspace(count, heads, size, DEVICE)
+    items = make_items(step["cache"], step["page_table"], step["slots"], step["lengths"], workspace.num_sms)
 
     def launch(layer: int) -> Callable[[], object]:
         return lambda: decode_attention(
-            qkv, step["cache"], layer, step["page_table"], step["slots"], step["lengths"], cos, sin,
+            qkv, step["cache"], layer, step["page_table"], items, cos, sin,
             num_heads=heads, scale=size**-0.5, workspace=workspace, dependent=True,
         )  # fmt: skip
 

@@ -18,6 +18,7 @@ from torch.nn import functional
 from bench.kernels_attention import DEVICE, paged, replay_us
 from cuda_kernels import fused, small_linear
 from cuda_kernels.attention_decode import decode_attention, make_workspace
+from cuda_kernels.attention_items import make_items
 
 EPS = 1e-5
 
@@ -67,6 +68,8 @@ class Step:
         self.shape, self.weights, self.rows = shape, weights, rows
         self.work = paged([context] * rows, shape.heads, shape.kv_heads, shape.head_size, shape.layers, torch.bfloat16)
         self.workspace = make_workspace(rows, shape.heads, shape.head_size, DEVICE)
+        tables = (self.work[name] for name in ("cache", "page_table", "slots", "lengths"))
+        self.items = make_items(*tables, self.workspace.num_sms)
         self.turn = torch.rand(2, rows, shape.head_size // 2, device=DEVICE).unbind()
         self.x = torch.randn(rows, shape.width, device=DEVICE, dtype=torch.bfloat16)
         self.mixed = torch.randn(rows, weights[0].o.shape[1], device=DEVICE, dtype=torch.bfloat16)
@@ -77,7 +80,7 @@ class Step:
     def attend(self, qkv: Tensor, layer: int) -> Tensor:
         work = self.work
         return decode_attention(
-            qkv, work["cache"], layer, work["page_table"], work["slots"], work["lengths"], *self.turn,
+            qkv, work["cache"], layer, work["page_table"], self.items, *self.turn,
             num_heads=self.shape.heads, scale=self.shape.head_size**-0.5, workspace=self.workspace, dependent=True,
         )  # fmt: skip
 

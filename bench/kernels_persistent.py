@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cuda_kernels import attention_decode, small_linear
+from cuda_kernels.attention_items import make_items
 from cuda_kernels.cuda_module import runs_on
 from cuda_kernels.gpu_attention import GpuWork, HeadSpec, attend
 from cuda_kernels.persistent import LayerTensors, PersistentDecode, Shape
@@ -76,7 +77,10 @@ class Case:
 def five_launches(case: Case, workspace: attention_decode.Workspace) -> Tensor:
     """Logits by the launches of torch_models/fused.py."""
     x, s = case.x.clone(), case.shape
-    work = GpuWork(page_table=case.page_table, slots=case.slots, lengths=case.row_lengths, workspace=workspace)
+    items = make_items(case.cache, case.page_table, case.slots, case.row_lengths, workspace.num_sms)
+    work = GpuWork(
+        page_table=case.page_table, slots=case.slots, lengths=case.row_lengths, workspace=workspace, items=items
+    )
     for index, layer in enumerate(case.layers):
         spec = HeadSpec(num_heads=s.heads, scale=case.scale, q_norm=layer.q_norm, k_norm=layer.k_norm, norm_eps=EPS)
         qkv = small_linear.norm_linear(x, layer.attn_norm, EPS, 0.0, layer.qkv)

@@ -1,12 +1,11 @@
 """Attention of rows with one new token each, in one Triton launch: norm, rope, cache write, split keys, merge.
 
 Called by gpu_attention.py in a CUDA graph of a decode step, and by attention_ragged.py for the one-token rows of a
-mixed step. A program has one KV head (query heads packed in one tile) of a work item: a row, or a split of its keys.
-Every program finds its item from all lengths, so one captured grid serves any lengths; the last split of a row to
-finish merges all, in their order, so results do not depend on who came last. They do depend on how many splits a row
-has, thus on the other rows; a row's own key is attended to first here, and in its place among the keys in a mixed step,
-which rounds differently.
-Page table, slots and lengths may be read before the kernel in front has finished (DEPENDENT): it must not write them.
+mixed step. A program has one KV head (query heads packed in one tile) of a work item of attention_items.py: a row, or a
+split of its keys. One captured grid serves any lengths; the last split of a row to finish merges all, in their order,
+so results do not depend on who came last. They do depend on how many splits a row has, thus on the other rows; a row's
+own key is attended to first here, and in its place among the keys in a mixed step, which rounds differently.
+Page table and items may be read before the kernel in front has finished (DEPENDENT): it must not write them.
 Letters: S rows · N query heads · K KV heads · G = N / K · H head size · R rotary size · P pages · C keys of a tile.
 """
 
@@ -20,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda
 
+from cuda_kernels.attention_items import MAX_WAVES, PROGRAMS_OF_SM, RECORD, Items
 from cuda_kernels.attention_tiles import (
     add_sinks,
     for_products,
@@ -32,27 +32,6 @@ from cuda_kernels.attention_tiles import (
     softcap,
 )
 from cuda_kernels.rope_cache import load_turned, rotary_half, storable
-
-PROGRAMS_OF_SM = 3  # that run at once
-FEW_OF_SM = 2  # programs of a step of few rows: more keep the next product's programs out
-MAX_WAVES = 2  # of any plan
-BLOCKS_OF_ROWS = (16, 64, 256, 1024, 8192)  # few, since each is a kernel of its own
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """How a launch is cut up."""
-
-    block: int = 64  # keys of a tile
-    stages: int = 3  # tiles on their way
-    warps: int = 4
-    merged: int = 16  # splits merged at a time, of 512 values each
-    requests: int = 1  # tiles asked of the L2 cache before the queries are made
-    early: bool = False  # the first tile is loaded before they are
-    split_keys: int = 256  # fewest keys of a split
-    waves: int = 2  # splits of long rows, in programs that run at once
-    of_sm: int = PROGRAMS_OF_SM
-    registers: int | None = None  # of a thread, at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,44 +51,6 @@ def make_workspace(max_rows: int, num_heads: int, head_size: int, device: torch.
         counters=torch.zeros(max_rows * num_heads, dtype=torch.int32, device=device),
         num_sms=sms,
     )
-
-
-@triton.jit
-def find_work(
-    lengths, slots, rows, item, num_rows, budget, fewest_tiles,
-    NEW: tl.constexpr, WINDOW: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """(row, length, slot, split, splits of the row, tiles of a split) of a work item; row = num_rows: none is left.
-
-    Every program works it out from all lengths: splits are as long as `budget` of them need to be for all rows.
-    """
-    lanes = tl.arange(0, BLOCK_S)
-    real = lanes < num_rows
-    places = lanes
-    if not NEW:
-        places = tl.load(rows + 2 * lanes, mask=real, other=0)
-    seen = tl.load(lengths + places, mask=real, other=1)
-    held = tl.load(slots + places, mask=real, other=0)  # with the lengths: one wait less
-    first_tile = tl.zeros([BLOCK_S], tl.int32)
-    if WINDOW > 0:
-        first_tile = tl.maximum(0, seen - WINDOW) // BLOCK_C
-    if NEW:
-        seen -= 1
-    tiles = tl.where(real, tl.cdiv(seen, BLOCK_C) - first_tile, 0)
-    share = tl.maximum(fewest_tiles, tl.cdiv(tl.sum(tiles, 0), budget))
-    # merging two splits takes longer than the tiles that one of them saves
-    active = tl.where(tiles <= 2 * fewest_tiles, 1, tl.maximum(1, tl.cdiv(tiles, share)))
-    active = tl.where(real, active, 0)
-    ends = tl.cumsum(active, 0)
-    row = tl.sum((real & (ends <= item)).to(tl.int32), 0)
-    mine = lanes == row
-    length = tl.sum(tl.where(mine, seen, 0), 0) + (1 if NEW else 0)
-    slot = tl.sum(tl.where(mine, held, 0), 0)
-    splits = tl.sum(tl.where(mine, active, 0), 0)
-    share = tl.cdiv(tl.sum(tl.where(mine, tiles, 0), 0), tl.maximum(1, splits))  # of even size
-    split = item - tl.sum(tl.where(mine, ends - active, 0), 0)
-    return row, length, slot, split, splits, share
 
 
 @triton.jit
@@ -172,8 +113,8 @@ def add_tile(q, k, v, seen, top, weight, total, factor, cap, CAP: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["table_stride", "num_rows", "budget", "fewest_tiles"],
-    do_not_specialize_on_alignment=["page_table", "slots", "lengths", "rows"],
+    do_not_specialize=["table_stride"],
+    do_not_specialize_on_alignment=["page_table"],
 )
 def decode_kernel(
     qkv,  # [S, (N + 2K) * H]; without NEW the finished queries [T, N, H]
@@ -181,9 +122,7 @@ def decode_kernel(
     k_pages,  # [P, K, page, H]
     v_pages,
     page_table,  # i32 [max_slots + 1, max_pages]
-    slots,  # i32 [S]
-    lengths,  # i32 [S]
-    rows,  # i32 [programs, 2] row and token of the step; without NEW only
+    records,  # i32 [items, RECORD]
     cos,
     sin,
     q_norm,
@@ -192,9 +131,6 @@ def decode_kernel(
     partials,  # f32 [work items, K, G * (H + 2)]
     counters,  # i32 [S * K]
     table_stride,
-    num_rows,
-    budget,  # splits that all rows together may have beyond one each
-    fewest_tiles,  # of a split
     factor,  # of the scores, see softcap
     cap,
     eps,
@@ -209,7 +145,6 @@ def decode_kernel(
     BLOCK_C: tl.constexpr,  # keys of a tile
     BLOCK_Z: tl.constexpr,
     GROUP_2: tl.constexpr,  # power of two >= G
-    BLOCK_S: tl.constexpr,  # power of two >= S
     HALF: tl.constexpr,
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,  # 0 = none
@@ -230,14 +165,12 @@ def decode_kernel(
     kv_head, item = tl.program_id(0), tl.program_id(1)
     if DEPENDENT:
         cuda.gdc_launch_dependents()
-    ticket, length, slot, split, active, share = find_work(
-        lengths, slots, rows, item, num_rows, budget, fewest_tiles, NEW, WINDOW, BLOCK_C, BLOCK_S
-    )
-    if ticket >= num_rows:
+    record = records + RECORD * item
+    ticket, token, slot = tl.load(record), tl.load(record + 1), tl.load(record + 2)
+    length, split = tl.load(record + 3), tl.load(record + 4)
+    active, share = tl.load(record + 5), tl.load(record + 6)
+    if active == 0:
         return
-    token = ticket
-    if not NEW:
-        token = tl.load(rows + 2 * ticket + 1)
     table = page_table + slot.to(tl.int64) * table_stride
     end = length  # of the keys read from the pages
     if NEW:
@@ -338,71 +271,44 @@ def decode_kernel(
             )  # fmt: skip
 
 
-def plan_for(rows: int, kv_heads: int, row_bytes: int, work: Workspace) -> Plan:
-    """row_bytes: of one key, padded to a power of two.
-
-    Where splits can make all programs run at once, they are made for that; else there are so many that the last ones
-    weigh little. Measured on an H200 for 8 KV heads of 128 values.
-    """
-    block = 64 if row_bytes <= 256 else 32
-    if rows * kv_heads <= work.num_sms * PROGRAMS_OF_SM:
-        return Plan(block=block, waves=1, of_sm=FEW_OF_SM, merged=16, requests=3, early=True)
-    # two stages let five programs share a multiprocessor: wanted while one round of programs takes all rows
-    at_once = rows * kv_heads <= work.num_sms * 5
-    return Plan(block=block, waves=2, merged=4, stages=2 if at_once else 3)
-
-
-def work_items(rows: int, kv_heads: int, max_keys: int, work: Workspace, plan: Plan) -> tuple[int, int, int]:
-    """(items of the grid, budget, fewest tiles of a split), see find_work."""
-    tiles = triton.cdiv(max_keys, plan.block)
-    share = triton.cdiv(plan.split_keys, plan.block)
-    budget = max(1, work.num_sms * plan.of_sm * plan.waves // kv_heads)
-    return min(rows + budget, rows * triton.cdiv(tiles, share)), budget, share
-
-
 def launch(
     qkv: Tensor,
     out: Tensor,
     cache: Tensor,
     layer: int,
     page_table: Tensor,
-    slots: Tensor,
-    lengths: Tensor,
-    rows: Tensor | None,
+    items: Items,
+    new: bool,
     turn: tuple[Tensor | None, Tensor | None],
     norms: tuple[Tensor | None, Tensor | None, float, float],
-    limits: tuple[float, int | None, float | None, Tensor | None],
+    limits: tuple[float, float | None, Tensor | None],
     kv_scales: tuple[float, float],
     workspace: Workspace,
     dependent: bool,
 ) -> None:
-    """The kernel on a grid for its arguments; `rows` of a mixed step: i32 [programs, 2], see decode_kernel."""
+    """The kernel on a grid for its arguments. new: norm, rope and cache write are done here."""
     _, _, _, kv_heads, page, head_size = cache.shape
     num_heads = out.numel() // (out.shape[0] * head_size)
     group = num_heads // kv_heads
-    count = slots.shape[0] if rows is None else rows.shape[0]
-    (q_norm, k_norm, eps, offset), (scale, window, logit_cap, sinks) = norms, limits
+    (q_norm, k_norm, eps, offset), (scale, logit_cap, sinks) = norms, limits
     block_h, block_g = triton.next_power_of_2(head_size), max(16, triton.next_power_of_2(group))
-    plan = plan_for(count, kv_heads, block_h * cache.element_size(), workspace)
-    items, budget, share = work_items(count, kv_heads, page_table.shape[1] * page, workspace, plan)
-    needed = items * num_heads * (head_size + 2)
-    if needed > workspace.partials.numel() or count * kv_heads > workspace.counters.numel():
-        raise ValueError(f"the workspace is too small for {count} rows of {num_heads} heads in {items} splits")
+    plan, count = items.plan, len(items.records)
+    needed = count * num_heads * (head_size + 2)
+    if needed > workspace.partials.numel() or items.rows * kv_heads > workspace.counters.numel():
+        raise ValueError(f"the workspace is too small for {items.rows} rows of {num_heads} heads in {count} splits")
     factor, cap = score_factors(scale, logit_cap, kv_scales[0])
     group_2 = triton.next_power_of_2(group)
-    block_s = next(size for size in BLOCKS_OF_ROWS if size >= count)
     linear = cache.is_cuda and head_size == block_h and page % plan.block == 0
     options = {"launch_pdl": True} if dependent else {}
     if plan.registers is not None:
         options["maxnreg"] = plan.registers
-    decode_kernel[(kv_heads, items)](
-        qkv, out, cache[layer, 0], cache[layer, 1], page_table, slots, lengths, rows, *turn, q_norm, k_norm, sinks,
-        workspace.partials, workspace.counters, page_table.stride(0), count, budget, share,
+    decode_kernel[(kv_heads, count)](
+        qkv, out, cache[layer, 0], cache[layer, 1], page_table, items.records, *turn, q_norm, k_norm, sinks,
+        workspace.partials, workspace.counters, page_table.stride(0),
         factor, cap, float(eps), float(offset), *kv_scales,
         NUM_HEADS=num_heads, NUM_KV_HEADS=kv_heads, HEAD=head_size, BLOCK_H=block_h, BLOCK_G=block_g,
         BLOCK_C=plan.block, BLOCK_Z=max(1, plan.merged * 512 // (group_2 * block_h)), GROUP_2=group_2,
-        BLOCK_S=block_s, HALF=rotary_half(turn[0], count, head_size), PAGE=page, WINDOW=window or 0,
-        NEW=rows is None,
+        HALF=rotary_half(turn[0], items.rows, head_size), PAGE=page, WINDOW=items.window or 0, NEW=new,
         Q_NORM=q_norm is not None, K_NORM=k_norm is not None, CAP=logit_cap is not None, SINKS=sinks is not None,
         STAGES=plan.stages, FP16=fp16_products(qkv, cache), REQUESTS=plan.requests if linear else 0,
         EARLY=int(plan.early), DEPENDENT=dependent, num_warps=plan.warps, **options,
@@ -414,14 +320,12 @@ def decode_attention(
     cache: Tensor,
     layer: int,
     page_table: Tensor,
-    slots: Tensor,
-    lengths: Tensor,
+    items: Items,
     cos: Tensor | None,
     sin: Tensor | None,
     *,
     num_heads: int,
     scale: float,
-    window: int | None = None,
     logit_cap: float | None = None,
     sinks: Tensor | None = None,
     q_norm: Tensor | None = None,
@@ -435,16 +339,16 @@ def decode_attention(
     """Attention of rows with one new token -> [S, N * H]; its key and value go to the page of position length - 1.
 
     qkv: [S, (N + 2K) * H]; cache: [L, 2, P, K, page, H], changed in place; page_table: i32 [max_slots + 1, max_pages];
-    slots, lengths: i32 [S], padding rows have length 1; cos, sin: f32 [S, R / 2]; sinks: [N]; q_norm, k_norm: f32 [H];
+    items: of make_items, padding rows have length 1; cos, sin: f32 [S, R / 2]; sinks: [N]; q_norm, k_norm: f32 [H];
     kv_scales: an e4m3 cache keeps x / scale; dependent: launch before the kernel in front is done (sm_90).
     """
     _, _, _, kv_heads, _, head_size = cache.shape
     width = (num_heads + 2 * kv_heads) * head_size
-    if qkv.shape[1] != width or not qkv.is_contiguous() or slots.shape != lengths.shape != qkv.shape[:1]:
-        raise ValueError(f"qkv must be [{slots.shape[0]}, {width}], contiguous, not {qkv.shape}")
+    if tuple(qkv.shape) != (items.rows, width) or not qkv.is_contiguous():
+        raise ValueError(f"qkv must be [{items.rows}, {width}], contiguous, not {qkv.shape}")
     out = torch.empty(qkv.shape[0], num_heads * head_size, dtype=qkv.dtype, device=qkv.device)
     launch(
-        qkv, out, cache, layer, page_table, slots, lengths, None, (cos, sin), (q_norm, k_norm, norm_eps, norm_offset),
-        (scale, window, logit_cap, sinks), kv_scales, workspace, dependent,
+        qkv, out, cache, layer, page_table, items, True, (cos, sin), (q_norm, k_norm, norm_eps, norm_offset),
+        (scale, logit_cap, sinks), kv_scales, workspace, dependent,
     )  # fmt: skip
     return out

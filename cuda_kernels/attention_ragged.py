@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cuda_kernels.attention_decode import Workspace, launch, make_workspace
+from cuda_kernels.attention_items import Items, make_items
 from cuda_kernels.attention_tiles import (
     add_sinks,
     for_products,
@@ -47,6 +48,7 @@ class RaggedWork:
     tiles: Tensor  # i32 [W, 2] (row, first query), the longest first
     singles: Tensor  # i32 [rows with one token, 2] (row, token of the step)
     workspaces: dict[tuple[int, int], Workspace] = field(default_factory=dict)  # (N, H) -> scratch of the singles
+    items: dict[int | None, Items] = field(default_factory=dict)  # window -> what the singles have to do
 
 
 def make_work(num_new: np.ndarray, num_computed: np.ndarray, q_tile: int, device: torch.device) -> RaggedWork:
@@ -260,8 +262,12 @@ def ragged_attention(
         if scratch is None:
             scratch = make_workspace(len(work.singles), num_heads, head_size, q.device)
             work.workspaces[num_heads, head_size] = scratch
+        if window not in work.items:
+            work.items[window] = make_items(
+                cache, page_table, slots, lengths, scratch.num_sms, window=window, rows=work.singles
+            )
         launch(
-            q, out, cache, layer, page_table, slots, lengths, work.singles, (None, None), (None, None, 0.0, 0.0),
-            (scale, window, logit_cap, sinks), kv_scales, scratch, False,
+            q, out, cache, layer, page_table, work.items[window], False, (None, None), (None, None, 0.0, 0.0),
+            (scale, logit_cap, sinks), kv_scales, scratch, False,
         )  # fmt: skip
     return out

@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction, convert_to_tuple_if_list
 
 from cuda_kernels import (
     attention_decode,
+    attention_items,
     attention_ragged,
     attention_tiles,
     candidates,
@@ -43,6 +44,7 @@ MODULES = {
     module.__name__: module
     for module in (
         attention_decode,
+        attention_items,
         attention_ragged,
         attention_tiles,
         candidates,

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from cuda_kernels.attention_decode import decode_attention
+from cuda_kernels.attention_items import Items
 from cuda_kernels.attention_ragged import ragged_attention
 from cuda_kernels.fused import can_overlap
 from cuda_kernels.rope_cache import rope_and_write
@@ -27,6 +28,7 @@ class GpuWork:
     slots: Tensor  # i32 [S]
     lengths: Tensor  # i32 [S] keys that a row sees, this step's own included
     workspace: Any  # of decode_attention
+    items: Items | None = None  # of steps in which every row has one token
     # of steps with rows of more than one token; None where every row has one
     query_starts: Tensor | None = None  # i32 [S + 1]
     write_at: Tensor | None = None  # [T] page * page_tokens + offset of each token
@@ -62,16 +64,25 @@ def attend(
         "norm_eps": spec.norm_eps,
         "norm_offset": spec.norm_offset,
     }
-    limits = {"scale": spec.scale, "window": spec.window, "logit_cap": spec.logit_cap}
-    if work.query_starts is None:
+    limits = {"scale": spec.scale, "logit_cap": spec.logit_cap}
+    if work.items is not None:
         return decode_attention(
-            qkv, cache, layer, work.page_table, work.slots, work.lengths, cos, sin,
+            qkv, cache, layer, work.page_table, work.items, cos, sin,
             num_heads=spec.num_heads, workspace=work.workspace, **limits, **norms,
-            # Tables and lengths are read before the launch in front is done: at layer 0 that may be what writes them.
+            # Table and items are read before the launch in front is done: at layer 0 that may be what writes them.
             dependent=layer > 0 and can_overlap(qkv.device),
         )  # fmt: skip
     q = rope_and_write(qkv, cache, layer, work.write_at, cos, sin, num_heads=spec.num_heads, **norms)
     out = ragged_attention(
-        q, cache, layer, work.page_table, work.slots, work.query_starts, work.lengths, work=work.tiles, **limits
+        q,
+        cache,
+        layer,
+        work.page_table,
+        work.slots,
+        work.query_starts,
+        work.lengths,
+        work=work.tiles,
+        window=spec.window,
+        **limits,
     )
     return out.view(out.shape[0], -1)

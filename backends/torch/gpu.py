@@ -177,11 +177,7 @@ class GpuSteps(EagerSteps):
     def _finish(self, hidden: Tensor, turns: Turns, works: list[GpuWork], ends: Tensor) -> Tensor:
         """The last layer, [Z, D]. hidden: [T, D] in front of it; ends: i32 [3, Z]."""
         loaded, (tokens, slots, lengths) = self._loaded, ends
-        singles = [
-            GpuWork(page_table=pages, slots=slots, lengths=lengths, workspace=self._graphs.workspace)
-            for pages in loaded.tables.pages
-        ]
-        sampled = Sampled(tokens.long(), singles)
+        sampled = Sampled(tokens.long(), self._graphs.works_of(slots, lengths))
         return self._fused.finish(hidden, turns, loaded.caches, loaded.places, works, sampled)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from backends.torch.rehearsal import one_layer_of_each_kind
 from backends.torch.step import Loaded
 from cuda_kernels import attention_decode
+from cuda_kernels.attention_items import make_items
 from cuda_kernels.gpu_attention import GpuWork
 from cuda_kernels.persistent import PersistentDecode
 from cuda_kernels.sampling import end_decode, scan
@@ -99,10 +100,17 @@ class DecodeGraphs:
 
     def works(self, begun: DecodeStart, slots: Tensor) -> list[GpuWork]:
         """The attention work of each group. slots: i32 [S]."""
-        return [
-            GpuWork(page_table=pages, slots=slots, lengths=begun.lengths, workspace=self.workspace)
-            for pages in self._loaded.tables.pages
-        ]
+        return self.works_of(slots, begun.lengths)
+
+    def works_of(self, slots: Tensor, lengths: Tensor) -> list[GpuWork]:
+        """The attention work of rows of one token, of each group. slots, lengths: i32 [S]."""
+        loaded, works = self._loaded, []
+        for group, pages in zip(loaded.layout.groups, loaded.tables.pages, strict=True):
+            items = make_items(
+                loaded.caches[group.pool], pages, slots, lengths, self.workspace.num_sms, window=group.spec.window
+            )
+            works.append(GpuWork(page_table=pages, slots=slots, lengths=lengths, workspace=self.workspace, items=items))
+        return works
 
     def rehearse(self) -> None:
         """The launches of all sizes, uncaptured: for whoever lists what they compile."""

@@ -16,7 +16,7 @@ from backends.torch.gpu_sample import PIECE_BYTES
 from backends.torch.graphs import capture_sizes
 from backends.torch.quant_weights import kept_sizes, product_bytes
 from backends.torch.weights import storage, stored_name
-from cuda_kernels import attention_decode, invariant_attention, sampler, score, small_linear
+from cuda_kernels import attention_items, invariant_attention, sampler, score, small_linear
 from cuda_kernels.candidates import SPAN
 from engine.runner import ON_DEMAND, RunnerConfig
 from engine.specs.arch import ArchSpec, LayerSpec
@@ -127,7 +127,7 @@ def kinds(arch: ArchSpec) -> set[tuple[int, int]]:
 def workspace_bytes(arch: ArchSpec, rows: int, multiprocessors: int) -> int:
     """attention_decode.make_workspace."""
     heads, size = max(n for n, _ in kinds(arch)), max(h for _, h in kinds(arch))
-    items = rows + multiprocessors * attention_decode.PROGRAMS_OF_SM * attention_decode.MAX_WAVES
+    items = rows + multiprocessors * attention_items.PROGRAMS_OF_SM * attention_items.MAX_WAVES
     return block(4 * items * heads * (size + 2)) + block(4 * rows * heads)
 
 

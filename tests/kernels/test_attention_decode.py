@@ -9,7 +9,14 @@ from tests.kernels.interpreter import DEVICE  # isort: skip, first of all
 
 
 from cuda_kernels import attention_decode
+from cuda_kernels.attention_items import make_items
 from tests.kernels.attention_case import expected, make_case, written
+
+SMS = 4
+
+
+def items_of(case, window=None):
+    return make_items(case.cache, case.page_table, case.slots, case.lengths, SMS, window=window)
 
 
 def check(case, *, tolerance=2e-5, workspace=None, scales=(1.0, 1.0), norms=None, **limits):
@@ -22,9 +29,10 @@ def check(case, *, tolerance=2e-5, workspace=None, scales=(1.0, 1.0), norms=None
     case.cache.copy_(before)
     if workspace is None:
         workspace = attention_decode.make_workspace(len(case.new), case.num_heads, head_size, DEVICE)
+    items = items_of(case, limits.pop("window", None))
     for _ in range(2):
         got = attention_decode.decode_attention(
-            case.qkv, case.cache, 1, case.page_table, case.slots, case.lengths, case.cos, case.sin,
+            case.qkv, case.cache, 1, case.page_table, items, case.cos, case.sin,
             num_heads=case.num_heads, scale=0.125, workspace=workspace, kv_scales=scales, **norms, **limits,
         )  # fmt: skip
     assert not workspace.counters.any()
@@ -100,7 +108,7 @@ def test_what_is_not_finite_is_stored_as_0():
     case.qkv[0] = torch.nan
     workspace = attention_decode.make_workspace(2, 4, 64, DEVICE)
     out = attention_decode.decode_attention(
-        case.qkv, case.cache, 0, case.page_table, case.slots, case.lengths, case.cos, case.sin,
+        case.qkv, case.cache, 0, case.page_table, items_of(case), case.cos, case.sin,
         num_heads=4, scale=0.125, workspace=workspace,
     )  # fmt: skip
     assert case.cache.isfinite().all() and out[0].isnan().any() and out[1].isfinite().all()
@@ -111,6 +119,6 @@ def test_a_small_workspace_is_refused():
     workspace = attention_decode.make_workspace(1, 4, 64, DEVICE)
     with pytest.raises(ValueError, match="too small"):
         attention_decode.decode_attention(
-            case.qkv, case.cache, 0, case.page_table, case.slots, case.lengths, case.cos, case.sin,
+            case.qkv, case.cache, 0, case.page_table, items_of(case), case.cos, case.sin,
             num_heads=4, scale=0.125, workspace=workspace,
         )  # fmt: skip

@@ -66,12 +66,13 @@ def test_launches_find_what_processes_compiled(tmp_path):
     assert found["jobs"] == [
         "begin_kernel",
         "decode_kernel",
+        "items_kernel",
         "norm_kernel",
         "pick_kernel",
         "ragged_kernel",
         "scan_kernel",
     ]
-    assert found["told"] == [[n, 6] for n in range(1, 7)]
+    assert found["told"] == [[n, 7] for n in range(1, 8)]
     assert found["hits"] == dict.fromkeys(found["jobs"], True)
 
 
