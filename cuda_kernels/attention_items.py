@@ -58,10 +58,10 @@ def plan_for(rows: int, kv_heads: int, row_bytes: int, num_sms: int) -> Plan:
     if programs <= num_sms * FEW_OF_SM:
         return Plan(block=block, waves=1, of_sm=FEW_OF_SM, merged=16, requests=3, early=True)
     # two stages let five programs share a multiprocessor: wanted while one round of programs takes all rows
-    if programs <= num_sms * 5:
+    if num_sms * PROGRAMS_OF_SM < programs <= num_sms * 5:
         return Plan(block=block, waves=2, merged=4, stages=2)
-    if row_bytes <= 256:  # small programs: others' loads are under way while one begins or ends
-        return Plan(block=32, waves=2, merged=4, warps=2)
+    if row_bytes <= 256:  # small programs, six at once: others' loads are under way while one begins or ends
+        return Plan(block=32, waves=2, merged=4, warps=2, registers=168)
     return Plan(block=block, waves=2, merged=4)
 
 

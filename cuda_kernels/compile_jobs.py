@@ -36,6 +36,7 @@ from cuda_kernels import (
     sampling,
     score,
     small_linear_kernels,
+    split_sum,
     step_begin,
 )
 
@@ -57,6 +58,7 @@ MODULES = {
         sampling,
         score,
         small_linear_kernels,
+        split_sum,
         step_begin,
     )
 }  # that have kernels of triton

@@ -61,12 +61,12 @@ def can_overlap(device: torch.device) -> bool:
 @triton.jit
 def norm_kernel(x, norm_weight, out, eps, offset, INNER: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
     """A row a program. x, out: [T, I]; norm_weight: f32 [I]."""
-    arrive(DEPENDENT)
     start = tl.program_id(0).to(tl.int64) * INNER
     inner = tl.arange(0, BLOCK)
     inside = inner < INNER
-    row = tl.load(x + start + inner, mask=inside, other=0.0).to(tl.float32)
     gain = tl.load(norm_weight + inner, mask=inside, other=0.0).to(tl.float32) + offset
+    arrive(DEPENDENT)
+    row = tl.load(x + start + inner, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(row * row, 0) / INNER + eps)
     tl.store(out + start + inner, (row * scale * gain).to(out.dtype.element_ty), mask=inside)
 

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cuda_kernels import dispatch, fused, quant_linear, small_linear
+from cuda_kernels import dispatch, fused, quant_linear, small_linear, split_sum
 from cuda_kernels.gpu_attention import GpuWork, HeadSpec, attend
 from cuda_kernels.quant_weight import Parts, QuantWeight, Weight, WideWeight
 from cuda_kernels.rope_cache import rope_and_write
+from cuda_kernels.small_linear_plan import LIBRARY
+from cuda_kernels.split_sum import Sum
 from engine.specs import arch
 from torch_models.decoder import Decoder, Layer, Turns
 from torch_models.ffn import GatedFfn
@@ -61,10 +63,11 @@ class FusedDecoder:
         but_last: in front of the last layer, which `finish` does.
         """
         count = len(self.layers) - but_last
+        stream: Stream = x
         for (layer, heads), (group, pool, layer_index) in zip(self.layers[:count], places[:count], strict=True):
             turn = turns[layer.spec.mixer.rope]
-            x = run_layer(layer, heads, x, turn, caches[pool], layer_index, works[group])
-        return x
+            stream = run_layer(layer, heads, stream, turn, caches[pool], layer_index, works[group])
+        return added_up(stream)
 
     def finish(
         self,
@@ -86,7 +89,7 @@ class FusedDecoder:
         if not len(chosen):
             return chosen
         cos, sin = (None if part is None else part[sampled.tokens] for part in turn)
-        return run_layer(layer, heads, chosen, (cos, sin), cache, layer_index, sampled.works[group])
+        return added_up(run_layer(layer, heads, chosen, (cos, sin), cache, layer_index, sampled.works[group]))
 
     def logits(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """f32 [T, V]. x: [T, D], as run gave it; out: where to write."""
@@ -122,28 +125,42 @@ def head_spec(layer: Layer) -> HeadSpec:
     )
 
 
+Stream = Tensor | Sum
+"""A residual stream, [T, D], or what is still to be added up to it."""
+
+
+def added_up(stream: Stream) -> Tensor:
+    return stream if isinstance(stream, Tensor) else stream.total()
+
+
 def run_layer(
     layer: Layer,
     heads: HeadSpec,
-    x: Tensor,
+    x: Stream,
     turn: tuple[Tensor | None, Tensor | None],
     cache: Tensor,
     layer_index: int,
     work: GpuWork,
-) -> Tensor:
+) -> Stream:
     """x: [T, D] -> [T, D]. decoder.Layer in at most five launches, seven with sandwich norms; few bits take more."""
     norms, mixer, ffn = layer.spec.norms, layer.mixer, layer.ffn
-    qkv = norm_linear(x, layer.attn_norm, norms, mixer.qkv, mixer.qkv_bias)
+    if isinstance(x, Sum):
+        x, normed = x.normed(layer.attn_norm, norms.eps, norms.offset)
+        qkv = product(normed, mixer.qkv, mixer.qkv_bias)
+    else:
+        qkv = norm_linear(x, layer.attn_norm, norms, mixer.qkv, mixer.qkv_bias)
     mixed = attend(qkv, turn, cache, layer_index, work, heads)
     if norms.sandwich:
         mixed = product(mixed, mixer.o, mixer.o_bias)
         x = x + fused.rms_norm(mixed, layer.post_attn_norm, norms.eps, norms.offset)
-    else:
-        x = product(mixed, mixer.o, mixer.o_bias, x)
-    if norms.sandwich:
         fed = feed(x, layer.ffn_norm, norms, ffn, None)
-        return x + fused.rms_norm(fed, layer.post_ffn_norm, norms.eps, norms.offset)
-    return feed(x, layer.ffn_norm, norms, ffn, x)
+        return x + fused.rms_norm(added_up(fed), layer.post_ffn_norm, norms.eps, norms.offset)
+    between = add_product(mixed, mixer.o, mixer.o_bias, x)
+    if isinstance(between, Sum):
+        x, normed = between.normed(layer.ffn_norm, norms.eps, norms.offset)
+        hidden = fused.gated(product(normed, ffn.gate_up, ffn.gate_up_bias), ffn.spec.activation)
+        return add_product(hidden, ffn.down, ffn.down_bias, x)
+    return feed(between, layer.ffn_norm, norms, ffn, between)
 
 
 def write_keys(
@@ -168,17 +185,17 @@ def write_keys(
     )  # fmt: skip
 
 
-def feed(x: Tensor, norm: Tensor, norms: arch.Norms, ffn: GatedFfn, residual: Tensor | None) -> Tensor:
+def feed(x: Tensor, norm: Tensor, norms: arch.Norms, ffn: GatedFfn, residual: Tensor | None) -> Stream:
     """residual + down(act(gate) * up) of rms_norm(x). x: [T, D]; norm: f32 [D] -> [T, D]."""
     activation = ffn.spec.activation
     if isinstance(ffn.gate_up, Tensor):
         hidden = small_linear.norm_gated(x, norm, norms.eps, norms.offset, ffn.gate_up, ffn.gate_up_bias, activation)
         if isinstance(ffn.down, Tensor):
-            return product(hidden, ffn.down, ffn.down_bias, residual)
+            return add_product(hidden, ffn.down, ffn.down_bias, residual)
         return fused_quant_linear(hidden, ffn.down, ffn.down_bias, residual)
     hidden = norm_linear(x, norm, norms, ffn.gate_up, ffn.gate_up_bias)
     if isinstance(ffn.down, Tensor):
-        return product(fused.gated(hidden, activation), ffn.down, ffn.down_bias, residual)
+        return add_product(fused.gated(hidden, activation), ffn.down, ffn.down_bias, residual)
     return fused_quant_linear(hidden, ffn.down, ffn.down_bias, residual, activation=activation)
 
 
@@ -207,6 +224,15 @@ def fused_quant_linear(
         x = fused.gated(x, activation)
     out = dispatch.linear(x, weight, bias)
     return out if residual is None else residual.add_(out)
+
+
+def add_product(x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor | None) -> Stream:
+    """residual + x @ weight.T + bias, as pieces where these are added up while the next norm reads them."""
+    if residual is None or not isinstance(weight, Tensor) or small_linear.choose(x, weight) is not LIBRARY:
+        return product(x, weight, bias, residual)
+    if split_sum.is_cut(len(x), weight.shape[0], weight.shape[1], x.device):
+        return split_sum.multiply(x, weight, bias, residual)
+    return small_linear.linear_add(x, weight, bias, residual, plan=LIBRARY)
 
 
 def product(x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:

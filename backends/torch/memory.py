@@ -16,7 +16,7 @@ from backends.torch.gpu_sample import PIECE_BYTES
 from backends.torch.graphs import capture_sizes
 from backends.torch.quant_weights import kept_sizes, product_bytes
 from backends.torch.weights import storage, stored_name
-from cuda_kernels import attention_items, invariant_attention, sampler, score, small_linear
+from cuda_kernels import attention_items, invariant_attention, sampler, score, small_linear, split_sum
 from cuda_kernels.candidates import SPAN
 from engine.runner import ON_DEMAND, RunnerConfig
 from engine.specs.arch import ArchSpec, LayerSpec
@@ -29,7 +29,7 @@ SMALL, LARGE_STEP = MIB, 2 * MIB  # torch's allocator: larger blocks may keep up
 LIBRARY_BYTES = 384 * MIB  # cuBLAS workspaces; 268 MiB of an H200's driver, for kernels and graphs of an 8B model
 SAMPLER_COPIES = 8  # of a piece of the logits, alive at once with every processor on
 ROUNDING_BYTES = 8 * MIB  # of the tensors that are alive at once
-SPLIT_BYTES = 32 * MIB  # partial sums of products of few rows
+SPLIT_BYTES = 32 * MIB  # partial sums of products of few rows, or those of split_sum
 
 
 def plan(config: RunnerConfig, multiprocessors: int) -> dict[str, int]:
@@ -109,6 +109,8 @@ def step_bytes(config: RunnerConfig, multiprocessors: int) -> int:
         ranked = 3 * scored  # torch's own: exponentials, comparisons, the largest with their places
     at_scores = hidden + logits + scored + ranked
     in_layers = layers_bytes(config, tokens) + unpacked_bytes(config, tokens)
+    if not config.batch_invariant:
+        in_layers += split_sum.most_bytes(tokens, arch.hidden_size, multiprocessors)
     return before + max(in_layers, at_logits, at_scores) + scratch + ROUNDING_BYTES
 
 
