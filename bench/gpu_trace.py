@@ -1,9 +1,10 @@
-"""Where a GPU's time goes in decode: idle share between steps, launches a step, the kernels that take longest.
+"""Where a GPU's time goes in decode: its idle share, launches a step, the kernels that take longest.
 
     python bench/gpu_trace.py [--model 8b|0.6b] [--batch 64] [--prompt 128] [--steps 40] [--layers N]
 
 A trace of the torch profiler over the middle of one generate call. Busy is the union of all intervals of kernels and
-copies; a step's launches are all launches over the steps of the window. The profiler itself slows the host a little.
+copies; what is not busy beside a copy from or to the host lies between steps, the rest between the kernels of one. A
+step's launches are all launches over the steps of the window. The profiler itself slows the host a little.
 """
 
 from __future__ import annotations
@@ -54,11 +55,14 @@ def trace(bench: Bench, batch: int, prompt: int, steps: int) -> None:
     low, high = first + SKIPPED * (last - first), last - SKIPPED * (last - first)
     inside = [event for event in events if low <= event[0] and event[1] <= high]
     span = inside[-1][1] - inside[0][0]
-    busy, reached = 0.0, inside[0][0]
+    busy, between, reached, before = 0.0, 0.0, inside[0][0], ""
     times: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
     for start, end, name in inside:
         busy += max(0.0, end - max(start, reached))
+        if "Memcpy" in name or "Memcpy" in before:
+            between += max(0.0, start - reached)
+        before = name
         reached = max(reached, end)
         times[name] += end - start
         counts[name] += 1
@@ -68,7 +72,7 @@ def trace(bench: Bench, batch: int, prompt: int, steps: int) -> None:
         sys.exit("the trace holds no copy to the host")
     print(
         f"batch {batch}, prompt {prompt}: {turns} steps in {span / 1e3:.2f} ms ({span / turns / 1e3:.3f} ms each), "
-        f"idle {1 - busy / span:.2%}, {len(inside) / turns:.0f} launches a step"
+        f"idle {1 - busy / span:.2%}, between steps {between / span:.2%}, {len(inside) / turns:.0f} launches a step"
     )
     for name in sorted(times, key=lambda n: -times[n])[:14]:
         print(f"  {times[name] / turns:9.1f} us a step  {counts[name] / turns:6.1f} x  {name[:110]}")

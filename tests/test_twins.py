@@ -35,6 +35,7 @@ def arguments_of(function: ast.FunctionDef) -> tuple[str, ...]:
 # Files of the twin folders that are no twin -> why.
 UNPAIRED = {
     "torch_models/fused.py": "the twins' own layer in a GPU's fused launches",
+    "torch_models/fused_products.py": "its products",
     "torch_models/invariant.py": "the same with one order of sums for every row, by kernels of its own",
     "torch_models/last_layer.py": "what long steps save; jax has no such step yet",
     "torch_models/persistent.py": "a whole decode step of a small model in one GPU launch",

@@ -22,7 +22,7 @@ from cuda_kernels import quant_reference as reference
 from cuda_kernels.quant_layout import joined, nibble_weight, plain_weight, round_to_fp8
 from cuda_kernels.quant_linear import Plan
 from cuda_kernels.quant_weight import QuantWeight
-from torch_models.fused import fused_quant_linear
+from torch_models.fused_products import fused_quant_linear
 
 OUT, IN, GROUP = 72, 192, 32  # no whole blocks, no whole tiles
 EXACT = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 6e-2}
