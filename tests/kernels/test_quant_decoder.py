@@ -77,9 +77,9 @@ def whole(weight: QuantWeight | Parts | torch.Tensor) -> torch.Tensor:
 def test_weights_alone_are_exact(name: str) -> None:
     """The same tokens and log-probabilities as a plain model with the weights that are meant."""
     arch = kept(name)
-    driver = Driver(Runner(), arch)
+    driver = Driver(Runner(), arch, device=DEVICE.type)
     assert type(driver.runner._work).__name__ == "GpuSteps"
-    twin = Driver(Runner(), replace(arch, quant=None))
+    twin = Driver(Runner(), replace(arch, quant=None), device=DEVICE.type)
     set_params(twin, plain_params(arch))
     answers = [answer(each) for each in (driver, twin)]
     assert answers[0][0] == answers[1][0]
@@ -111,8 +111,8 @@ def answer(driver: Driver) -> tuple[list[int], list[float]]:
 def test_rounded_activations_stay_near(name: str) -> None:
     """Log-probabilities of one prompt's first token: within what the rounding of activations makes, and not equal."""
     arch = kept(name)
-    driver = Driver(Runner(), arch)
-    twin = Driver(Runner(), replace(arch, quant=None))
+    driver = Driver(Runner(), arch, device=DEVICE.type)
+    twin = Driver(Runner(), replace(arch, quant=None), device=DEVICE.type)
     set_params(twin, plain_params(arch))
     rounded, exact = (answer(each)[1][0] for each in (driver, twin))
     assert 0 < abs(rounded - exact) < 0.2
@@ -143,7 +143,7 @@ def bytes_of(weight: Any) -> int:
 
 def test_products_take_what_was_planned() -> None:
     """Beside a plain model's: 4 bits turned back where rows are many, rounded inputs; nothing of a plain model."""
-    config = Driver(Runner(), kept("awq"), warm=False).config
+    config = Driver(Runner(), kept("awq"), warm=False, device=DEVICE.type).config
     down = 64 * 96 * 4  # f32
     gate_up = 2 * down
     assert memory.unpacked_bytes(config, 200) == max(gate_up + 200 * 64 * 4, down + 200 * 96 * 4)

@@ -1,4 +1,4 @@
-"""Products with weights in few bits, in triton's interpreter, against quant_reference; compiled for sm_80 and sm_90.
+"""Products with weights in few bits against quant_reference, in triton's interpreter or on a GPU; compiled without one.
 
 The interpreter has no arithmetic of bfloat16; bfloat16 is compared where weights and inputs are whole numbers or e4m3,
 which become float16 on the way.
@@ -45,6 +45,12 @@ def random_bits(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def make(form: str, dtype: torch.dtype) -> QuantWeight:
+    weight = made(form, dtype)
+    parts = {name: getattr(weight, name) for name in ("data", "scale", "zeros", "order", "act_scale")}
+    return replace(weight, **{name: part.to(DEVICE) for name, part in parts.items() if part is not None})
+
+
+def made(form: str, dtype: torch.dtype) -> QuantWeight:
     generator = torch.Generator().manual_seed(FORMS.index(form))
     act = "none" if form.endswith("alone") else "static" if form.endswith("static") else "token"
     fixed = torch.tensor([0.02]) if act == "static" else None
@@ -74,7 +80,7 @@ def make(form: str, dtype: torch.dtype) -> QuantWeight:
 
 
 def inputs(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(dtype)
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(DEVICE, dtype)
 
 
 def close(found: Tensor, wanted: Tensor) -> None:
@@ -128,10 +134,10 @@ def test_norm_and_gate_in_front(form: str) -> None:
     close(quant_linear.linear(x, weight, norm=(gain, 1e-6, 1.0)), normed)
     gated = reference.linear(fused.gated(pair, "gelu_tanh"), weight)
     close(quant_linear.linear(pair, weight, activation="gelu_tanh"), gated)
-    apart = joined([weight, torch.zeros(8, IN)])
+    apart = joined([weight, torch.zeros(8, IN, device=DEVICE)])
     residual = inputs(3, OUT + 8, torch.float32)
     found = fused_quant_linear(x, apart, None, residual.clone(), norm=(gain, 1e-6, 1.0))  # type: ignore[arg-type]
-    close(found, residual + torch.cat((normed, torch.zeros(3, 8)), 1))
+    close(found, residual + torch.cat((normed, torch.zeros(3, 8, device=DEVICE)), 1))
     with pytest.raises(ValueError, match="activation"):
         quant_linear.linear(x, weight, activation="silu")
 
@@ -152,8 +158,8 @@ def test_a_poisoned_row_stays_alone(form: str, poison: float) -> None:
 
 def test_rows_of_zeros() -> None:
     for form in FORMS:
-        assert not quant_linear.linear(torch.zeros(2, IN), make(form, torch.float32)).any()
-    assert quant_linear.linear(torch.zeros(0, IN), make("fp8", torch.float32)).shape == (0, OUT)
+        assert not quant_linear.linear(torch.zeros(2, IN, device=DEVICE), make(form, torch.float32)).any()
+    assert quant_linear.linear(torch.zeros(0, IN, device=DEVICE), make("fp8", torch.float32)).shape == (0, OUT)
 
 
 def test_dispatch_takes_the_kernels() -> None:
