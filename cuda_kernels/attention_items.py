@@ -87,7 +87,8 @@ def find_work(
     real = lanes < num_rows
     places = lanes
     if not NEW:
-        places = tl.load(rows + 2 * lanes, mask=real, other=0)
+        places = tl.load(rows + 2 * lanes, mask=real, other=-1)
+        real = real & (places >= 0)
     seen = tl.load(lengths + places, mask=real, other=1)
     held = tl.load(slots + places, mask=real, other=0)  # with the lengths: one wait less
     first_tile = tl.zeros([BLOCK_S], tl.int32)
@@ -101,7 +102,7 @@ def find_work(
     active = tl.where(tiles <= 2 * fewest_tiles, 1, tl.maximum(1, tl.cdiv(tiles, share)))
     active = tl.where(real, active, 0)
     ends = tl.cumsum(active, 0)
-    row = tl.sum((real & (ends <= item)).to(tl.int32), 0)
+    row = tl.sum(((lanes < num_rows) & (ends <= item)).to(tl.int32), 0)
     mine = lanes == row
     length = tl.sum(tl.where(mine, seen, 0), 0) + (1 if NEW else 0)
     slot = tl.sum(tl.where(mine, held, 0), 0)
@@ -118,7 +119,7 @@ def find_work(
 def items_kernel(
     slots,  # i32 [S]
     lengths,  # i32 [S]
-    rows,  # i32 [programs, 2] row and token of the step; without NEW only
+    rows,  # i32 [programs, 2] row and token of the step, or -1 behind the last; without NEW only
     records,  # i32 [items, RECORD]
     num_rows,
     budget,  # splits that all rows together may have beyond one each
@@ -159,7 +160,7 @@ def make_items(
     """The list of a step, by one launch.
 
     cache: of the layers, [L, 2, P, K, page, H]; page_table: i32 [max_slots + 1, max_pages]; slots, lengths: i32 [S];
-    rows: of a mixed step, i32 [programs, 2], those of one token and where in the step it stands.
+    rows: of a mixed step, i32 [programs, 2], those of one token and where in the step it stands; behind them -1.
     """
     _, _, _, kv_heads, page, head_size = cache.shape
     count = slots.shape[0] if rows is None else rows.shape[0]

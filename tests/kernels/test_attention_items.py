@@ -52,6 +52,9 @@ def test_rows_of_a_mixed_step() -> None:
     assert [record[:6] for record in records] == [[0, 10, 8, 64, 0, 1], [1, 20, 9, 65, 0, 1]]
     assert [record[6] for record in records] == [1, 2]
     assert plan.block == 64
+    padded, _, every = told([5, 64, 65, 700], rows=[1, 2, -1, -1])
+    assert [record[:7] for record in padded] == [record[:7] for record in records]
+    assert len(every) > 2
 
 
 def test_no_more_items_than_the_workspace_holds() -> None:
