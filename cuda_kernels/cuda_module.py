@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from triton.runtime.cache import get_cache_manager
 
+CSRC = Path(__file__).parent / "csrc"
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 CLUSTER, OVERLAP = 4, 6  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION
 
@@ -86,7 +87,7 @@ class Kernel:
 
 def cubin_of(source: str, defines: Mapping[str, int], capability: tuple[int, int]) -> bytes:
     """`compile_source`, kept in triton's cache directory."""
-    told = f"{source}{sorted(defines.items())}{capability}{torch.version.cuda}"
+    told = f"{source}{headers()}{sorted(defines.items())}{capability}{torch.version.cuda}"
     cache = get_cache_manager(hashlib.sha256(told.encode()).hexdigest())
     kept = cache.get_file("kernel.cubin")
     if kept is not None:
@@ -105,7 +106,9 @@ def compile_source(source: str, defines: Mapping[str, int], capability: tuple[in
     options += [f"-D{name}={value}" for name, value in defines.items()]
     encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    if nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None):
+    included = headers()
+    names, texts = ((ctypes.c_char_p * len(included))(*(part.encode() for part in parts)) for parts in zip(*included))
+    if nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", len(included), texts, names):
         raise CompileError("NVRTC takes no source")
     try:
         if nvrtc.nvrtcCompileProgram(program, len(options), encoded):
@@ -119,6 +122,12 @@ def compile_source(source: str, defines: Mapping[str, int], capability: tuple[in
         return cubin.raw
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+@functools.cache
+def headers() -> tuple[tuple[str, str], ...]:
+    """(name, text) of what the sources may include."""
+    return tuple((path.name, path.read_text()) for path in sorted(CSRC.glob("*.cuh")))
 
 
 @functools.cache

@@ -13,14 +13,13 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from cuda_kernels import compiles, cuda_module
 
-SOURCE = Path(__file__).parent / "csrc" / "persistent_decode.cu"
+SOURCE = cuda_module.CSRC / "persistent_decode.cu"
 SLICE = 1024  # inner values of a ring slot: widths must be multiples
 WARPS = 8  # that compute
 CHUNK = 16  # keys that a warp takes at once

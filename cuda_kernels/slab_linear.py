@@ -13,7 +13,6 @@ import ctypes
 import functools
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from torch import Tensor
 from cuda_kernels import compiles, cuda_module
 from cuda_kernels.small_linear_kernels import ACTIVATIONS
 
-SOURCE = Path(__file__).parent / "csrc" / "slab_linear.cu"
+SOURCE = cuda_module.CSRC / "slab_linear.cu"
 ROWS = (16, 32)  # classes that the kernel is compiled for
 MOST_ROWS = ROWS[-1]
 SHARED_BYTES, RESERVED_BYTES = 228 * 1024, 1024  # of a multiprocessor; of each block besides its own

@@ -11,9 +11,7 @@
 // Constants from outside: D width, NH heads, KVH KV heads, H head size, F ffn width, V vocabulary, QK_NORM, SLOTS of
 // the ring, LAYERS, PAGE. Letters: T tokens, at most 8, G query heads of a KV head.
 
-typedef unsigned short bf16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "device.cuh"
 
 constexpr int WARPS = 8, THREADS = WARPS * 32;  // that compute; one more warp streams
 constexpr int KW = 1024;                        // inner values of a ring slot
@@ -56,13 +54,6 @@ struct Share {  // of the rows' keys
 };
 
 __device__ __forceinline__ float wide(bf16 v) { return __uint_as_float((u32)v << 16); }
-__device__ __forceinline__ float low(u32 v) { return __uint_as_float(v << 16); }
-__device__ __forceinline__ float high(u32 v) { return __uint_as_float(v & 0xffff0000u); }
-__device__ __forceinline__ u32 pack(float lo, float hi) {
-    u32 out;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(hi), "f"(lo));
-    return out;
-}
 __device__ __forceinline__ float rounded(float v) { return low(pack(v, 0.f)); }
 __device__ __forceinline__ u32 storable(u32 v) {  // a pair without what is not finite
     return ((v & 0x7f80u) == 0x7f80u ? 0 : v & 0xffffu) | ((v & 0x7f800000u) == 0x7f800000u ? 0 : v & 0xffff0000u);
@@ -71,18 +62,6 @@ __device__ __forceinline__ float exp_2(float v) {
     float out;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(v));
     return out;
-}
-// Loads past the first cache that stay where they are written: __ldcg may move over a wait.
-__device__ __forceinline__ uint4 fresh4(const void *at) {
-    uint4 v;
-    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(at) : "memory");
-    return v;
-}
-__device__ __forceinline__ uint2 fresh2(const void *at) {
-    uint2 v;
-    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at) : "memory");
-    return v;
 }
 __device__ __forceinline__ u32 fresh(const void *at) {
     u32 v;
@@ -120,7 +99,6 @@ __device__ __forceinline__ float sum_lanes(float v) {
     for (int step = 16; step; step /= 2) v += __shfl_xor_sync(~0u, v, step);
     return v;
 }
-__device__ __forceinline__ u32 shared_address(const void *at) { return (u32)__cvta_generic_to_shared(at); }
 __device__ __forceinline__ void together() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 
 __device__ __forceinline__ void wait_for(u32 barrier, u32 parity) {

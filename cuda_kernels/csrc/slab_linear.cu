@@ -8,9 +8,7 @@
 // Constants from outside: ROWS (16 or 32); KS; OUTS; CLUSTER; KIND of activation (0: not gated; else half of OUTS are
 // rows of the gate, half of up); NORM. Letters: T tokens, I inputs, O outputs.
 
-typedef unsigned short bf16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
+#include "device.cuh"
 
 constexpr int WARPS = OUTS / 16, THREADS = WARPS * 32;
 constexpr int PITCH = KS * 2 + 16;  // bytes of a staged row: eight rows of a load fall into different banks
@@ -34,14 +32,6 @@ struct Args {
     float eps, offset;
 };
 
-__device__ __forceinline__ float low(u32 v) { return __uint_as_float(v << 16); }
-__device__ __forceinline__ float high(u32 v) { return __uint_as_float(v & 0xffff0000u); }
-__device__ __forceinline__ u32 pack(float lo, float hi) {
-    u32 out;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(hi), "f"(lo));
-    return out;
-}
-__device__ __forceinline__ u32 shared_address(const void *at) { return (u32)__cvta_generic_to_shared(at); }
 __device__ __forceinline__ void copy16(u32 to, const void *from, u32 bytes) {  // zeros behind `bytes`
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
@@ -53,17 +43,6 @@ __device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ uint4 fresh4(const void *at) {  // past the first cache, and never before the wait
-    uint4 v;
-    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(at) : "memory");
-    return v;
-}
-__device__ __forceinline__ uint2 fresh2(const void *at) {
-    uint2 v;
-    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(at) : "memory");
-    return v;
 }
 __device__ __forceinline__ u32 of_block(u32 at, u32 rank) {
     u32 out;
