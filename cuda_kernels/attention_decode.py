@@ -89,6 +89,7 @@ def find_work(
     places = lanes
     if not NEW:
         places = tl.load(rows + 2 * lanes, mask=real, other=0)
+        real = real & (places >= 0)
     seen = tl.load(lengths + places, mask=real, other=1)
     held = tl.load(slots + places, mask=real, other=0)  # with the lengths: one wait less
     first_tile = tl.zeros([BLOCK_S], tl.int32)
@@ -102,7 +103,7 @@ def find_work(
     active = tl.where(tiles <= 2 * fewest_tiles, 1, tl.maximum(1, tl.cdiv(tiles, share)))
     active = tl.where(real, active, 0)
     ends = tl.cumsum(active, 0)
-    row = tl.sum((real & (ends <= item)).to(tl.int32), 0)
+    row = tl.sum(((lanes < num_rows) & (ends <= item)).to(tl.int32), 0)
     mine = lanes == row
     length = tl.sum(tl.where(mine, seen, 0), 0) + (1 if NEW else 0)
     slot = tl.sum(tl.where(mine, held, 0), 0)
@@ -110,6 +111,24 @@ def find_work(
     share = tl.cdiv(tl.sum(tl.where(mine, tiles, 0), 0), tl.maximum(1, splits))  # of even size
     split = item - tl.sum(tl.where(mine, ends - active, 0), 0)
     return row, length, slot, split, splits, share
+
+
+@triton.jit
+def is_beyond(rows, item, budget, NEW: tl.constexpr):
+    """Whether an item is beyond all work, told fast: each row has a split, all together at most `budget` more."""
+    beyond = False
+    if not NEW:
+        beyond = tl.load(rows + 2 * (item - budget), mask=item >= budget, other=0) < 0
+    return beyond
+
+
+@triton.jit
+def token_of(rows, ticket, NEW: tl.constexpr):
+    """The token of the step that a row has."""
+    token = ticket
+    if not NEW:
+        token = tl.load(rows + 2 * ticket + 1)
+    return token
 
 
 @triton.jit
@@ -183,7 +202,7 @@ def decode_kernel(
     page_table,  # i32 [max_slots + 1, max_pages]
     slots,  # i32 [S]
     lengths,  # i32 [S]
-    rows,  # i32 [programs, 2] row and token of the step; without NEW only
+    rows,  # i32 [num_rows, 2] row and token of the step, rows of -1 behind all others; without NEW only
     cos,
     sin,
     q_norm,
@@ -230,14 +249,14 @@ def decode_kernel(
     kv_head, item = tl.program_id(0), tl.program_id(1)
     if DEPENDENT:
         cuda.gdc_launch_dependents()
+    if is_beyond(rows, item, budget, NEW):
+        return
     ticket, length, slot, split, active, share = find_work(
         lengths, slots, rows, item, num_rows, budget, fewest_tiles, NEW, WINDOW, BLOCK_C, BLOCK_S
     )
     if ticket >= num_rows:
         return
-    token = ticket
-    if not NEW:
-        token = tl.load(rows + 2 * ticket + 1)
+    token = token_of(rows, ticket, NEW)
     table = page_table + slot.to(tl.int64) * table_stride
     end = length  # of the keys read from the pages
     if NEW:
