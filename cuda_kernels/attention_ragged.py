@@ -45,8 +45,8 @@ class RaggedWork:
     """What the rows of a step have to do, on the device."""
 
     q_tile: int
-    tiles: Tensor  # i32 [W, 2] (row, first query), the longest first
-    singles: Tensor  # i32 [rows with one token, 2] (row, token of the step)
+    tiles: Tensor  # i32 [W, 2] (row, first query), the longest first; from the first row -1 on nothing is done
+    singles: Tensor  # i32 [rows with one token, 2] (row, token of the step); likewise
     workspaces: dict[tuple[int, int], Workspace] = field(default_factory=dict)  # (N, H) -> scratch of the singles
     items: dict[int | None, Items] = field(default_factory=dict)  # window -> what the singles have to do
 
@@ -163,6 +163,8 @@ def ragged_kernel(
     GROUP: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     tile, kv_head = tl.program_id(0) // NUM_KV_HEADS, tl.program_id(0) % NUM_KV_HEADS
     row, first = tl.load(tiles + 2 * tile), tl.load(tiles + 2 * tile + 1)
+    if row < 0:
+        return
     start = tl.load(query_starts + row)
     new = tl.load(query_starts + row + 1) - start
     computed = tl.load(lengths + row) - new

@@ -81,14 +81,37 @@ class FusedDecoder:
 
         x: [T, D], of `run` with but_last, and left as it is. Nothing reads what the last layer makes of other tokens.
         """
-        (layer, heads), (group, pool, layer_index) = self.layers[-1], places[-1]
-        turn, cache = turns[layer.spec.mixer.rope], caches[pool]
-        write_keys(layer, heads, x, turn, cache, layer_index, works[group])
-        chosen = x[sampled.tokens]
+        self.write_last(x, turns, caches, places, works)
+        chosen, turn = x[sampled.tokens], turns[self.layers[-1][0].spec.mixer.rope]
         if not len(chosen):
             return chosen
         cos, sin = (None if part is None else part[sampled.tokens] for part in turn)
-        return added_up(run_layer(layer, heads, chosen, (cos, sin), cache, layer_index, sampled.works[group]))
+        return self.behind(chosen, (cos, sin), caches, places, sampled.works)
+
+    def write_last(
+        self,
+        x: Tensor,
+        turns: Turns,
+        caches: list[Tensor],
+        places: Sequence[tuple[int, int, int]],
+        works: Sequence[GpuWork],
+    ) -> None:
+        """The keys and values of `finish`. x: [T, D], left as it is."""
+        (layer, heads), (group, pool, layer_index) = self.layers[-1], places[-1]
+        turn = turns[layer.spec.mixer.rope]
+        write_keys(layer, heads, x, turn, caches[pool], layer_index, works[group])
+
+    def behind(
+        self,
+        x: Tensor,
+        turn: tuple[Tensor | None, Tensor | None],
+        caches: list[Tensor],
+        places: Sequence[tuple[int, int, int]],
+        works: Sequence[GpuWork],
+    ) -> Tensor:
+        """The last layer of sampled tokens behind `write_last`. x: [S, D], the caller's no more; turn: of them."""
+        (layer, heads), (group, pool, layer_index) = self.layers[-1], places[-1]
+        return added_up(run_layer(layer, heads, x, turn, caches[pool], layer_index, works[group]))
 
     def logits(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """f32 [T, V]. x: [T, D], as run gave it; out: where to write."""

@@ -1,7 +1,8 @@
-"""Steps on a GPU: decode steps through captured graphs, any other step through the same fused kernels without one.
+"""Steps on a GPU: decode steps and steps of not too many tokens through captured graphs, others without one.
 
 Called by the runner at `submit`. A decode step (every row has one new token and samples) is one copy of a pinned buffer
 to the device, a graph for the forward pass, one for greedy sampling or the sampler's own launches, and one copy back.
+Any other is a graph in front of the last layer, or the same kernels launched one by one where no graph takes it.
 Of a step of many tokens the last layer takes the sampled ones alone, as a decode step, behind all keys and values.
 Letters: T tokens · S rows · Z sampled rows, padded to a captured size.
 """
@@ -19,6 +20,7 @@ from backends.torch import gpu_sample
 from backends.torch.batch import Batch
 from backends.torch.eager import EagerSteps
 from backends.torch.graphs import DecodeGraphs
+from backends.torch.mixed_graphs import MixedGraphs
 from backends.torch.rehearsal import one_layer_of_each_kind
 from backends.torch.results import Outcome, Scores
 from backends.torch.step import Loaded, Step
@@ -45,6 +47,7 @@ class GpuSteps(EagerSteps):
         compiles.begin()
         self._fused = self.make_decoder(loaded)
         self._graphs = self.make_graphs(loaded)
+        self._mixed = self.make_mixed(loaded)
 
     def make_decoder(self, loaded: Loaded) -> FusedDecoder:
         return FusedDecoder(loaded.decoder)
@@ -52,18 +55,25 @@ class GpuSteps(EagerSteps):
     def make_graphs(self, loaded: Loaded) -> DecodeGraphs:
         return DecodeGraphs(loaded, self._fused)
 
+    def make_mixed(self, loaded: Loaded) -> MixedGraphs | None:
+        return MixedGraphs(loaded, self._fused, self._graphs)
+
     def warm_up(self, progress: Progress | None = None) -> None:
-        """Capture the decode steps, then run one other step of each size class: every kernel is compiled here."""
+        """Capture steps, then run one other step of each size class: every kernel is compiled here."""
         compilers = self._loaded.compilers
         compile_jobs.prime()
         if compilers is not None:
             told = partial(progress, "compile") if progress is not None else None
             with compile_jobs.rehearsal() as jobs, one_layer_of_each_kind(self._fused, self._loaded.places):
                 self._graphs.rehearse()
+                if self._mixed is not None:
+                    self._mixed.rehearse()
                 self._warm_others()
             if progress is not None:
                 progress("rehearse", 1, 1)
             compilers.compile(list(jobs.values()), told)
+        if self._mixed is not None:
+            self._mixed.capture(progress)  # first: they take more of the memory that all graphs share
         self._graphs.capture(progress)
         if self._loaded.tables.device.type != "cuda":
             return  # triton's interpreter compiles nothing
@@ -113,7 +123,9 @@ class GpuSteps(EagerSteps):
         if self._is_decode(step.plan):
             step.graph_inputs = self._graphs.prepare(step.plan)
             return
-        super().prepare(step)
+        step.mixed_inputs = None if self._mixed is None else self._mixed.prepare(step.plan)
+        if step.mixed_inputs is None:
+            super().prepare(step)
 
     def padded(self, count: int) -> int:
         """Kernels are compiled for captured sizes."""
@@ -127,6 +139,9 @@ class GpuSteps(EagerSteps):
         return few and plan.prompt_logprobs is None
 
     def forward(self, step: Step) -> None:
+        if self._mixed is not None and step.mixed_inputs is not None:
+            self._replay(step, self._mixed, *step.mixed_inputs)
+            return
         if step.graph_inputs is None:
             super().forward(step)
             return
@@ -137,6 +152,16 @@ class GpuSteps(EagerSteps):
             self.copy_pages(plan)
         self._graphs.forward(*step.graph_inputs)
         step.outcome = Outcome(logits=self._graphs.logits[: plan.num_rows], bad=self._graphs.bad[: plan.num_rows])
+
+    def _replay(self, step: Step, mixed: MixedGraphs, size: int, inputs: Tensor) -> None:
+        """A step of any rows through a graph and the last layer of what it samples."""
+        plan, count = step.plan, len(step.sampling_rows)
+        self.update_tables(plan)
+        mixed.forward(size, inputs)
+        few = mixed.finish(size, self.padded(count)) if count else mixed.few[:0]
+        step.sampling_slots = mixed.slots(size, count)
+        bad, broken = mixed.flags[:, : plan.num_rows]
+        step.outcome = Outcome(logits=self.logits(few)[:count], bad=bad, broken=broken)
 
     def sample(self, step: Step) -> None:
         outcome, plan = step.outcome, step.plan

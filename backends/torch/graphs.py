@@ -79,6 +79,8 @@ class DecodeGraphs:
         self.workspace = self.make_workspace(largest)
         self._one_launch = self.make_one_launch()
         self._forwards: dict[int, Callable[[], None]] = {}
+        self._stream = torch.cuda.Stream() if self._inputs.is_cuda else None
+        self._pool: tuple[int, int] | None = None
         self._shorts: dict[int, Callable[[], None]] = {}  # of few rows and keys, if one launch does all
         self._endings: dict[int, Callable[[], None]] = {}
 
@@ -120,23 +122,27 @@ class DecodeGraphs:
             self._end(size)
 
     def capture(self, progress: Progress | None = None) -> None:
-        pool, stream = None, torch.cuda.Stream() if self._inputs.is_cuda else None
         for done, size in enumerate(reversed(self.sizes)):
             bodies = [(self._forwards, partial(self._forward, size)), (self._endings, partial(self._end, size))]
             if self._one_launch is not None and size <= self._one_launch.most_rows:
                 bodies.append((self._shorts, partial(self._short, size)))
-            if stream is not None:
+            if self._stream is not None:
                 self._inputs[: self._lines * size].copy_(self._fill(size, None))
                 with one_layer_of_each_kind(self._fused, self._loaded.places):
                     for _, run in bodies:
                         run()  # kernels are compiled here, and libraries take their workspaces
             for graphs, run in bodies:
-                graphs[size] = run
-                if stream is not None:
-                    graph = captured(run, stream, pool)
-                    pool, graphs[size] = graph.pool(), graph.replay
+                graphs[size] = self.captured(run)
             if progress is not None:
                 progress("capture", done + 1, len(self.sizes))
+
+    def captured(self, run: Callable[[], None]) -> Callable[[], None]:
+        """The launches of `run` as a graph, in the memory that all graphs share; off a GPU `run` itself."""
+        if self._stream is None:
+            return run
+        graph = captured(run, self._stream, self._pool)
+        self._pool = graph.pool()
+        return graph.replay
 
     # a step
 

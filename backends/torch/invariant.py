@@ -86,6 +86,9 @@ class InvariantSteps(GpuSteps):
     def make_graphs(self, loaded: Loaded) -> DecodeGraphs:
         return InvariantGraphs(loaded, self._fused)
 
+    def make_mixed(self, loaded: Loaded) -> None:
+        """Steps of many tokens stay as they are: the decode kernels of the last layer would add up otherwise."""
+
     def make_decoder(self, loaded: Loaded) -> InvariantDecoder:
         return InvariantDecoder(loaded.decoder)
 

@@ -14,6 +14,7 @@ from math import prod
 from backends.torch.eager import SCORE_BYTES
 from backends.torch.gpu_sample import PIECE_BYTES
 from backends.torch.graphs import capture_sizes
+from backends.torch.mixed_inputs import MixedInputs, mixed_sizes
 from backends.torch.quant_weights import kept_sizes, product_bytes
 from backends.torch.weights import storage, stored_name
 from cuda_kernels import attention_items, invariant_attention, sampler, score, small_linear, split_sum
@@ -134,7 +135,7 @@ def workspace_bytes(arch: ArchSpec, rows: int, multiprocessors: int) -> int:
 
 
 def graph_bytes(config: RunnerConfig, rows: int, multiprocessors: int) -> int:
-    """DecodeGraphs: its buffers, and the memory that all captured steps share."""
+    """DecodeGraphs and MixedGraphs: their buffers, and the memory that all captured steps share."""
     arch, vocab = config.arch, config.arch.vocab_size
     buffers = block(4 * rows * vocab) + 4 * rows * (3 + 3 * len(cache_groups(arch)) + 4)
     if config.batch_invariant:
@@ -149,10 +150,27 @@ def graph_bytes(config: RunnerConfig, rows: int, multiprocessors: int) -> int:
         buffers += workspace_bytes(arch, rows, multiprocessors)
         shape = shape_of(arch, config.page_tokens[0])
         buffers += 0 if shape is None else shape.scratch_bytes(MOST_ROWS, multiprocessors)
-    begun = rows * (arch.hidden_size * DTYPE_BYTES[config.dtype] + 64)
     ends = 12 * rows * -(-vocab // 1024)  # what greedy sampling keeps of each tile of the logits
-    shared = layers_bytes(config, rows) + unpacked_bytes(config, rows) + begun + ends
+    shared = shared_bytes(config, rows) + ends
+    if not config.batch_invariant:
+        shared = max(shared, shared_bytes(config, mixed_sizes(config.max_batched_tokens)[-1]))
+        buffers += mixed_bytes(config, rows)
     return buffers + block(shared) + SPLIT_BYTES
+
+
+def shared_bytes(config: RunnerConfig, tokens: int) -> int:
+    """What a captured step of so many tokens has alive at once."""
+    begun = tokens * (config.arch.hidden_size * DTYPE_BYTES[config.dtype] + 64)
+    return layers_bytes(config, tokens) + unpacked_bytes(config, tokens) + begun
+
+
+def mixed_bytes(config: RunnerConfig, rows: int) -> int:
+    """The buffers of MixedGraphs. rows: the most that a step samples of."""
+    arch, largest = config.arch, mixed_sizes(config.max_batched_tokens)[-1]
+    inputs, rope = MixedInputs(config, largest, rows).length, arch.layers[-1].mixer.rope
+    turns = 0 if rope is None else block(4 * rows * rope.rotary_size)
+    few = block(rows * arch.hidden_size * DTYPE_BYTES[config.dtype])
+    return block(4 * inputs) + block(2 * (largest + 1)) + few + turns
 
 
 def table_bytes(config: RunnerConfig) -> int:

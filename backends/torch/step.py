@@ -33,6 +33,7 @@ class Step:
     batch: Batch | None = None
     sampling_slots: Tensor | None = None
     graph_inputs: tuple[int, Tensor, bool] | None = None  # of a decode step that is replayed, see DecodeGraphs.prepare
+    mixed_inputs: tuple[int, Tensor] | None = None  # of another step that is replayed, see MixedGraphs.prepare
     ends: Ends | None = None  # what the last layer takes, unless it takes every token
     mask: Tensor | None = None
     begun: bool = False

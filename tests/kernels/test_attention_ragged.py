@@ -9,7 +9,7 @@ import torch
 from tests.kernels.interpreter import DEVICE  # isort: skip, first of all
 
 
-from cuda_kernels.attention_ragged import make_work, query_tile, ragged_attention
+from cuda_kernels.attention_ragged import RaggedWork, make_work, query_tile, ragged_attention
 from tests.kernels.attention_case import expected, make_case, written
 
 
@@ -48,6 +48,22 @@ def test_window_cap_and_sinks():
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], device=DEVICE)
     check(make_case([20, 1, 9], [100, 90, 9], device=DEVICE), window=24, sinks=sinks)
     check(make_case([20, 1], [100, 90], page=64, device=DEVICE), logit_cap=2.5, sinks=sinks, window=70)
+
+
+def test_lists_may_be_longer_than_the_work():
+    case = make_case([20, 1, 9, 1], [400, 900, 9, 30], page=64, device=DEVICE)  # a row's keys are split
+    q = written(case, 1, {}).contiguous()
+    work = make_work(np.array(case.new), case.lengths.cpu().numpy() - np.array(case.new), 8, DEVICE)
+    nothing = torch.tensor([[-1, 0]], dtype=torch.int32, device=DEVICE)
+    longer = RaggedWork(
+        q_tile=8, tiles=torch.cat((work.tiles, nothing, nothing)), singles=torch.cat((work.singles, *([nothing] * 14)))
+    )
+    empty = RaggedWork(q_tile=8, tiles=nothing, singles=nothing)
+    tables = (case.page_table, case.slots, case.query_starts, case.lengths)
+    want = expected(case, q, 1, 0.125)
+    got = ragged_attention(q, case.cache, 1, *tables, work=longer, scale=0.125)
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+    ragged_attention(q, case.cache, 1, *tables, work=empty, scale=0.125)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_size"), [(7, 1, 80), (3, 3, 96), (2, 1, 128), (2, 1, 256)])

@@ -87,14 +87,23 @@ def tensors(decoder: Any) -> list[torch.Tensor]:
 def test_graphs_and_tables_are_counted() -> None:
     driver = Driver(Runner(), wide(), max_batched_tokens=TOKENS, warm=False)
     config, work, tables = driver.config, driver.runner._work, driver.runner._tables
-    graphs = work._graphs
+    graphs, mixed = work._graphs, work._mixed
     buffers = [graphs.logits, graphs._inputs, graphs._packed, graphs.bad, graphs.workspace.partials,
-               graphs.workspace.counters]  # fmt: skip
+               graphs.workspace.counters, mixed._inputs, mixed._turns, mixed.few, mixed.flags]  # fmt: skip
     held = sum(x.numel() * x.element_size() for x in buffers)
-    rest = memory.layers_bytes(config, 12) + memory.SPLIT_BYTES
+    rest = memory.layers_bytes(config, TOKENS) + memory.SPLIT_BYTES
     assert held <= memory.graph_bytes(config, 12, 4) <= (held + rest) * 1.1 + 4 * memory.MIB
     held = sum(x.numel() * x.element_size() for x in (*tables.pages, *vars(tables).values()) if torch.is_tensor(x))
     assert held <= memory.table_bytes(config) <= held + 8 * 512
+
+
+def test_captured_steps_take_what_was_planned() -> None:
+    driver = Driver(Runner(), wide(), max_batched_tokens=TOKENS, warm=False)
+    mixed = driver.runner._work._mixed
+    planned = memory.shared_bytes(driver.config, TOKENS)
+    held = 4 * TOKENS * 256  # the interpreter keeps what its last launch read
+    with torch.inference_mode():
+        assert 0.9 * planned <= peak_of(lambda: mixed._warm(TOKENS)) <= planned + held
 
 
 def test_parts_follow_the_flags() -> None:
