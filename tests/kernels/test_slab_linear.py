@@ -105,7 +105,7 @@ def check(outputs: int, inner: int, activation: str, normed: bool, biased: bool,
         tanh = torch.nn.functional.gelu(gate, approximate="tanh")
         wanted = (functions[activation](gate) if activation in functions else tanh) * up
     wanted = wanted + (residual.float() if added else 0.0)
-    torch.testing.assert_close(got.float(), wanted, atol=0.02, rtol=0.02)
+    assert (got.float() - wanted).norm() < 0.01 * wanted.norm()  # bfloat16 rounds by 0.2 % on the way in and out
     again = slab_linear.product(x, weight, bias if biased else None, residual if added else None, norm, activation)
     assert torch.equal(got, again)
 
