@@ -20,11 +20,13 @@ from backends.torch import mixed_inputs
 from backends.torch.gpu import GpuSteps
 from backends.torch.mixed_graphs import MixedGraphs
 from backends.torch.mixed_inputs import mixed_sizes
+from backends.torch.rehearsal import one_layer_of_each_kind
 from backends.torch.runner import Runner
 from engine.specs.arch import ArchSpec
 from engine.step import PromptLogprobs, RowError
 from tests.backends.driver import Driver, Seq, llama
 from tests.backends.last_layer import ARCHS, check_same, served
+from torch_models import fused
 
 Served = tuple[list[Seq], list[torch.Tensor]]
 
@@ -151,6 +153,18 @@ def test_what_no_graph_takes(replayed: list[int], monkeypatch: pytest.MonkeyPatc
     driver.runner.shutdown()
     served(llama(), DEVICE.type, batch_invariant=True)
     assert replayed == [16]
+
+
+def test_warm_up_runs_every_kind_of_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever stands last in a model cut down to a layer of each kind: on a GPU kernels are compiled there."""
+    driver = driver_of(ARCHS["window"], warm=False)
+    mixed = driver.runner._work._mixed  # type: ignore[attr-defined]
+    found = []
+    plain = fused.attend
+    monkeypatch.setattr(fused, "attend", lambda *args: found.append(args[-1].window) or plain(*args))
+    with one_layer_of_each_kind(mixed._fused, mixed._loaded.places), torch.inference_mode():
+        mixed.rehearse()
+    assert found == [20, None] * len(mixed.sizes)
 
 
 def test_errors_are_of_their_rows(replayed: list[int]) -> None:
