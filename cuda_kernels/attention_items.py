@@ -65,6 +65,22 @@ def plan_for(rows: int, kv_heads: int, row_bytes: int, num_sms: int) -> Plan:
     return Plan(block=block, waves=2, merged=4)
 
 
+def row_bytes_of(cache: Tensor) -> int:
+    return triton.next_power_of_2(cache.shape[5]) * cache.element_size()
+
+
+def block_of_rows(rows: int) -> int:
+    return next(size for size in BLOCKS_OF_ROWS if size >= rows)
+
+
+def class_starts(most_rows: int, kv_heads: int, row_bytes: int, num_sms: int) -> list[int]:
+    """The fewest rows of each class that kernels are compiled for, up to most_rows."""
+    found: dict[tuple[int, Plan], int] = {}
+    for rows in range(1, most_rows + 1):
+        found.setdefault((block_of_rows(rows), plan_for(rows, kv_heads, row_bytes, num_sms)), rows)
+    return list(found.values())
+
+
 def item_count(rows: int, kv_heads: int, max_keys: int, num_sms: int, plan: Plan) -> tuple[int, int, int]:
     """(items of the grid, budget, fewest tiles of a split), see find_work."""
     tiles = triton.cdiv(max_keys, plan.block)
@@ -162,13 +178,13 @@ def make_items(
     cache: of the layers, [L, 2, P, K, page, H]; page_table: i32 [max_slots + 1, max_pages]; slots, lengths: i32 [S];
     rows: of a mixed step, i32 [programs, 2], those of one token and where in the step it stands; behind them -1.
     """
-    _, _, _, kv_heads, page, head_size = cache.shape
+    _, _, _, kv_heads, page, _ = cache.shape
     count = slots.shape[0] if rows is None else rows.shape[0]
-    plan = plan_for(count, kv_heads, triton.next_power_of_2(head_size) * cache.element_size(), num_sms)
+    plan = plan_for(count, kv_heads, row_bytes_of(cache), num_sms)
     items, budget, share = item_count(count, kv_heads, page_table.shape[1] * page, num_sms, plan)
     records = torch.empty(items, RECORD.value, dtype=torch.int32, device=slots.device)
     items_kernel[(items,)](
         slots, lengths, rows, records, count, budget, share, NEW=rows is None, WINDOW=window or 0, BLOCK_C=plan.block,
-        BLOCK_S=next(size for size in BLOCKS_OF_ROWS if size >= count),
+        BLOCK_S=block_of_rows(count),
     )  # fmt: skip
     return Items(records=records, rows=count, window=window, plan=plan)

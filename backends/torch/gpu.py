@@ -25,8 +25,10 @@ from backends.torch.rehearsal import one_layer_of_each_kind
 from backends.torch.results import Outcome, Scores
 from backends.torch.step import Loaded, Step
 from cuda_kernels import compile_jobs, compiles
+from cuda_kernels.attention_items import class_starts, row_bytes_of
 from cuda_kernels.attention_ragged import make_work, query_tile
 from cuda_kernels.gpu_attention import GpuWork
+from cuda_kernels.small_linear import multiprocessors
 from engine.errors import fail
 from engine.opened import Use
 from engine.runner import Progress
@@ -35,8 +37,6 @@ from torch_models.decoder import Turns
 from torch_models.fused import FusedDecoder, Sampled
 
 WARM_TOKENS = (2, 5, 9, 17, 33, 65, 129, 257, 513, 2049)  # one of each class of sizes that kernels tell apart
-# both ends of each class of rows that attention tells apart: a launch is cut up otherwise from some number of rows on
-WARM_SINGLES = (1, 16, 17, 64, 65, 256, 257, 1024, 1025)
 
 
 class GpuSteps(EagerSteps):
@@ -90,10 +90,16 @@ class GpuSteps(EagerSteps):
             rows = [config.max_model_len] * (tokens // config.max_model_len)
             rows += [tokens % config.max_model_len] * (tokens % config.max_model_len > 0)
             self._warm(np.array(rows, np.int32))
-        for singles in WARM_SINGLES:  # rows of one token beside a longer one
+        for singles in self._classes_of_singles():  # rows of one token beside a longer one
             if singles < config.max_slots and singles + 2 <= most:
                 self._warm(np.array([1] * singles + [2], np.int32))
         gpu_sample.warm_up(self._graphs.logits, self._loaded.tables, config.max_slots)
+
+    def _classes_of_singles(self) -> list[int]:
+        """Rows of one token of each class that attention tells apart."""
+        most, sms = self._loaded.config.max_slots, multiprocessors(self._loaded.tables.device)
+        starts = [class_starts(most, cache.shape[3], row_bytes_of(cache), sms) for cache in self._loaded.caches]
+        return sorted({rows for found in starts for rows in found})
 
     def num_compiles(self) -> int:
         return compiles.count()

@@ -7,7 +7,7 @@ import torch
 
 from tests.kernels.interpreter import DEVICE  # isort: skip, first of all
 
-from cuda_kernels.attention_items import Plan, item_count, make_items, plan_for
+from cuda_kernels.attention_items import Plan, block_of_rows, class_starts, item_count, make_items, plan_for
 
 SMS = 4
 
@@ -72,3 +72,16 @@ def test_plans() -> None:
     assert some == Plan(merged=4, stages=2)
     assert more == many == Plan(block=32, merged=4, warps=2, registers=168)
     assert plan_for(256, 8, 512, 132) == Plan(block=32, merged=4)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4, 8, 16])
+def test_class_starts_cover_every_number_of_rows(kv_heads: int) -> None:
+    """Warm-up runs these: whatever comes later is compiled already."""
+
+    def kind(rows: int) -> tuple[int, Plan]:
+        return block_of_rows(rows), plan_for(rows, kv_heads, 256, 132)
+
+    starts = class_starts(1100, kv_heads, 256, 132)
+    assert {kind(rows) for rows in starts} == {kind(rows) for rows in range(1, 1101)}
+    assert len(starts) == len({kind(rows) for rows in starts}) < 12
+    assert starts[0] == 1
