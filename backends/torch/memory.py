@@ -112,6 +112,7 @@ def step_bytes(config: RunnerConfig, multiprocessors: int) -> int:
     in_layers = layers_bytes(config, tokens) + unpacked_bytes(config, tokens)
     if not config.batch_invariant:
         in_layers += split_sum.most_bytes(tokens, arch.hidden_size, multiprocessors)
+        in_layers += 2 * item_bytes(arch, rows, multiprocessors)  # of rows of one token, and of the sampled ones
     return before + max(in_layers, at_logits, at_scores) + scratch + ROUNDING_BYTES
 
 
@@ -134,6 +135,12 @@ def workspace_bytes(arch: ArchSpec, rows: int, multiprocessors: int) -> int:
     return block(4 * items * heads * (size + 2)) + block(4 * rows * heads)
 
 
+def item_bytes(arch: ArchSpec, rows: int, multiprocessors: int) -> int:
+    """attention_items.make_items for each group."""
+    items = rows + multiprocessors * attention_items.PROGRAMS_OF_SM * attention_items.MAX_WAVES
+    return len(cache_groups(arch)) * block(4 * attention_items.RECORD.value * items)
+
+
 def graph_bytes(config: RunnerConfig, rows: int, multiprocessors: int) -> int:
     """DecodeGraphs and MixedGraphs: their buffers, and the memory that all captured steps share."""
     arch, vocab = config.arch, config.arch.vocab_size
@@ -154,6 +161,7 @@ def graph_bytes(config: RunnerConfig, rows: int, multiprocessors: int) -> int:
     shared = shared_bytes(config, rows) + ends
     if not config.batch_invariant:
         shared = max(shared, shared_bytes(config, mixed_sizes(config.max_batched_tokens)[-1]))
+        shared += item_bytes(arch, rows, multiprocessors)
         buffers += mixed_bytes(config, rows)
     return buffers + block(shared) + SPLIT_BYTES
 

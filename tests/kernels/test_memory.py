@@ -97,6 +97,14 @@ def test_graphs_and_tables_are_counted() -> None:
     assert held <= memory.table_bytes(config) <= held + 8 * 512
 
 
+def test_lists_of_attention_are_counted() -> None:
+    driver = Driver(Runner(), wide(), max_batched_tokens=TOKENS, warm=False)
+    graphs, rows = driver.runner._work._graphs, 12
+    ones = torch.ones(rows, dtype=torch.int32)
+    held = sum(work.items.records.nbytes for work in graphs.works_of(ones, ones))
+    assert 0 < held <= memory.item_bytes(driver.config.arch, rows, 4)
+
+
 def test_captured_steps_take_what_was_planned() -> None:
     driver = Driver(Runner(), wide(), max_batched_tokens=TOKENS, warm=False)
     mixed = driver.runner._work._mixed
