@@ -19,7 +19,7 @@ PROGRAMS_OF_SM = 3  # that run at once
 FEW_OF_SM = 2  # programs of a step of few rows: more keep the next product's programs out
 MAX_WAVES = 2  # of any plan
 BLOCKS_OF_ROWS = (16, 64, 256, 1024, 8192)  # few, since each is a kernel of its own
-RECORD = tl.constexpr(8)  # i32: ticket, token, slot, keys, split, splits of the row, tiles of a split, 0
+RECORD = tl.constexpr(8)  # i32: ticket, token, slot, keys, split, splits of the row, tiles of a split, unused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
