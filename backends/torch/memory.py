@@ -111,7 +111,8 @@ def step_bytes(config: RunnerConfig, multiprocessors: int) -> int:
     at_scores = hidden + logits + scored + ranked
     in_layers = layers_bytes(config, tokens) + unpacked_bytes(config, tokens)
     if not config.batch_invariant:
-        in_layers += split_sum.most_bytes(tokens, arch.hidden_size, multiprocessors)
+        # the layer's input, what stands between its halves, and its output
+        in_layers += 3 * split_sum.most_bytes(tokens, arch.hidden_size, multiprocessors)
         in_layers += 2 * item_bytes(arch, rows, multiprocessors)  # of rows of one token, and of the sampled ones
     return before + max(in_layers, at_logits, at_scores) + scratch + ROUNDING_BYTES
 
