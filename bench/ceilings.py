@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 
+SETTLE_S = 2.0  # of large products, until the card is at its power cap
 
-def gpu_seconds(run, repeats: int = 10) -> float:  # type: ignore[no-untyped-def]
-    """Median time of a call on the GPU, after two calls to warm up."""
+
+def gpu_seconds(run, repeats: int = 10, settle_s: float = 0.0) -> float:  # type: ignore[no-untyped-def]
+    """Median time of a call on the GPU, after two calls to warm up and `settle_s` seconds of them."""
     import torch
 
     times = []
+    begun = time.perf_counter()
+    while time.perf_counter() - begun < settle_s:
+        run()
+        torch.cuda.synchronize()
     for turn in range(repeats + 2):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -31,7 +39,10 @@ def copy_bandwidth() -> float:
 
 
 def linear_rate(tokens: int, shapes: list[tuple[int, int]], layers: int = 32) -> float:
-    """bf16 operations a second of a model's products, one after another. shapes: (out, in) of a layer's weights."""
+    """bf16 operations a second of a model's products, one after another, sustained: what a long prefill has.
+
+    shapes: (out, in) of a layer's weights.
+    """
     import torch
 
     weights = [torch.randn(out, inner, device="cuda", dtype=torch.bfloat16) * inner**-0.5 for out, inner in shapes]
@@ -43,4 +54,4 @@ def linear_rate(tokens: int, shapes: list[tuple[int, int]], layers: int = 32) ->
                 torch.nn.functional.linear(x, weight)
 
     operations = 2 * tokens * layers * sum(out * inner for out, inner in shapes)
-    return operations / gpu_seconds(run, 5)
+    return operations / gpu_seconds(run, 5, SETTLE_S)

@@ -1,6 +1,6 @@
 """Kernels of the PyTorch backend on one GPU, each beside the limits of the same run.
 
-    python -m bench.kernels [linear|sampling|attention|persistent|quant] [options of the part]
+    python -m bench.kernels [linear|passes|sampling|attention|persistent|quant] [options of the part]
 
 Prints the copy bandwidth and the rate of a large bf16 product, then calls the part (bench/kernels_<part>.py).
 """
@@ -14,10 +14,18 @@ from bench.ceilings import copy_bandwidth, linear_rate
 
 
 def parts() -> dict[str, Callable[[list[str], float], object]]:
-    from bench import kernels_attention, kernels_linear, kernels_persistent, kernels_quant, kernels_sampling
+    from bench import (
+        kernels_attention,
+        kernels_linear,
+        kernels_passes,
+        kernels_persistent,
+        kernels_quant,
+        kernels_sampling,
+    )
 
     return {
         "linear": kernels_linear.main,
+        "passes": kernels_passes.main,
         "quant": kernels_quant.main,
         "sampling": kernels_sampling.main,
         "attention": lambda options, bandwidth: kernels_attention.main(options),  # measures the bandwidth by itself

@@ -141,7 +141,7 @@ def decode_kernel(
     NUM_KV_HEADS: tl.constexpr,
     HEAD: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    BLOCK_G: tl.constexpr,
+    BLOCK_G: tl.constexpr,  # lanes of the queries, power of two >= G
     BLOCK_C: tl.constexpr,  # keys of a tile
     BLOCK_Z: tl.constexpr,
     GROUP_2: tl.constexpr,  # power of two >= G
@@ -169,8 +169,6 @@ def decode_kernel(
     ticket, token, slot = tl.load(record), tl.load(record + 1), tl.load(record + 2)
     length, split = tl.load(record + 3), tl.load(record + 4)
     active, share = tl.load(record + 5), tl.load(record + 6)
-    if active == 0:
-        return
     table = page_table + slot.to(tl.int64) * table_stride
     end = length  # of the keys read from the pages
     if NEW:
@@ -182,6 +180,9 @@ def decode_kernel(
     low = first_tile + split * share
     high = tl.minimum(low + share, tl.cdiv(end, BLOCK_C))
     ahead = page_of(table, low * BLOCK_C, end, PAGE, BLOCK_C)
+    # behind all loads of the record and of the page, or the compiler makes most of them wait for the exit
+    if (active == 0) | (ahead < 0):
+        return
     keys = tl.arange(0, BLOCK_C)
     dims = tl.arange(0, BLOCK_H)
     inside = dims < HEAD
@@ -291,13 +292,12 @@ def launch(
     num_heads = out.numel() // (out.shape[0] * head_size)
     group = num_heads // kv_heads
     (q_norm, k_norm, eps, offset), (scale, logit_cap, sinks) = norms, limits
-    block_h, block_g = triton.next_power_of_2(head_size), max(16, triton.next_power_of_2(group))
+    block_h, group_2 = triton.next_power_of_2(head_size), triton.next_power_of_2(group)
     plan, count = items.plan, len(items.records)
     needed = count * num_heads * (head_size + 2)
     if needed > workspace.partials.numel() or items.rows * kv_heads > workspace.counters.numel():
         raise ValueError(f"the workspace is too small for {items.rows} rows of {num_heads} heads in {count} splits")
     factor, cap = score_factors(scale, logit_cap, kv_scales[0])
-    group_2 = triton.next_power_of_2(group)
     linear = cache.is_cuda and head_size == block_h and page % plan.block == 0
     options = {"launch_pdl": True} if dependent else {}
     if plan.registers is not None:
@@ -306,7 +306,7 @@ def launch(
         qkv, out, cache[layer, 0], cache[layer, 1], page_table, items.records, *turn, q_norm, k_norm, sinks,
         workspace.partials, workspace.counters, page_table.stride(0),
         factor, cap, float(eps), float(offset), *kv_scales,
-        NUM_HEADS=num_heads, NUM_KV_HEADS=kv_heads, HEAD=head_size, BLOCK_H=block_h, BLOCK_G=block_g,
+        NUM_HEADS=num_heads, NUM_KV_HEADS=kv_heads, HEAD=head_size, BLOCK_H=block_h, BLOCK_G=max(plan.lanes, group_2),
         BLOCK_C=plan.block, BLOCK_Z=max(1, plan.merged * 512 // (group_2 * block_h)), GROUP_2=group_2,
         HALF=rotary_half(turn[0], items.rows, head_size), PAGE=page, WINDOW=items.window or 0, NEW=new,
         Q_NORM=q_norm is not None, K_NORM=k_norm is not None, CAP=logit_cap is not None, SINKS=sinks is not None,

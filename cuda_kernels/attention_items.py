@@ -36,6 +36,7 @@ class Plan:
     waves: int = 2  # splits of long rows, in programs that run at once
     of_sm: int = PROGRAMS_OF_SM
     registers: int | None = None  # of a thread, at most
+    lanes: int = 1  # query lanes of a tile, at least; those beyond a KV head's own do nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,10 +57,10 @@ def plan_for(rows: int, kv_heads: int, row_bytes: int, num_sms: int) -> Plan:
     """
     block, programs = 64 if row_bytes <= 256 else 32, rows * kv_heads
     if programs <= num_sms * FEW_OF_SM:
-        return Plan(block=block, waves=1, of_sm=FEW_OF_SM, merged=16, requests=3, early=True)
+        return Plan(block=block, waves=1, of_sm=FEW_OF_SM, merged=16, requests=3, early=True, lanes=16)
     # two stages let five programs share a multiprocessor: wanted while one round of programs takes all rows
     if num_sms * PROGRAMS_OF_SM < programs <= num_sms * 5:
-        return Plan(block=block, waves=2, merged=4, stages=2)
+        return Plan(block=block, waves=2, merged=4, stages=2, registers=128)
     if row_bytes <= 256:  # small programs, six at once: others' loads are under way while one begins or ends
         return Plan(block=32, waves=2, merged=4, warps=2, registers=168)
     return Plan(block=block, waves=2, merged=4)

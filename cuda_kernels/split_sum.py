@@ -20,7 +20,8 @@ from cuda_kernels.small_linear import multiprocessors
 from cuda_kernels.small_linear_kernels import arrive
 
 TILE = 128  # rows and outputs of a cuBLAS tile
-LEAST_ROWS, MOST_ROWS = 65, 256  # measured on an H200 at 128 and 256
+LEAST_ROWS, MOST_ROWS = 65, 256  # measured on an H200, as are the next two
+NARROW, LEAST_NARROW_ROWS = 2048, 33  # outputs so few that cutting pays earlier
 PIECES = 2  # four were no faster
 
 
@@ -43,7 +44,8 @@ class Sum:
 def is_cut(rows: int, outputs: int, inner: int, device: torch.device) -> bool:
     """Whether a product is cut: its tiles are fewer than half of what the chip runs at once."""
     tiles = -(-rows // TILE) * -(-outputs // TILE)
-    return LEAST_ROWS <= rows <= MOST_ROWS and inner % (32 * PIECES) == 0 and PIECES * tiles <= multiprocessors(device)
+    least = LEAST_NARROW_ROWS if outputs <= NARROW else LEAST_ROWS
+    return least <= rows <= MOST_ROWS and inner % (32 * PIECES) == 0 and PIECES * tiles <= multiprocessors(device)
 
 
 def most_bytes(rows: int, outputs: int, sms: int) -> int:

@@ -20,7 +20,16 @@ from cuda_kernels.split_sum import Sum
 from engine.specs import arch
 from torch_models.decoder import Decoder, Layer, Turns
 from torch_models.ffn import GatedFfn
-from torch_models.fused_products import Stream, add_product, added_up, fused_quant_linear, norm_linear, product
+from torch_models.fused_products import (
+    Stream,
+    add_product,
+    added_up,
+    fused_quant_linear,
+    gated_product,
+    norm_gated,
+    norm_linear,
+    product,
+)
 from torch_models.layers import embed
 
 
@@ -172,7 +181,7 @@ def run_layer(
     between = add_product(mixed, mixer.o, mixer.o_bias, x)
     if isinstance(between, Sum):
         x, normed = between.normed(layer.ffn_norm, norms.eps, norms.offset)
-        hidden = fused.gated(product(normed, ffn.gate_up, ffn.gate_up_bias), ffn.spec.activation)
+        hidden = gated_product(normed, ffn.gate_up, ffn.gate_up_bias, ffn.spec.activation)
         return add_product(hidden, ffn.down, ffn.down_bias, x)
     return feed(between, layer.ffn_norm, norms, ffn, between)
 
@@ -203,7 +212,7 @@ def feed(x: Tensor, norm: Tensor, norms: arch.Norms, ffn: GatedFfn, residual: Te
     """residual + down(act(gate) * up) of rms_norm(x). x: [T, D]; norm: f32 [D] -> [T, D]."""
     activation = ffn.spec.activation
     if isinstance(ffn.gate_up, Tensor):
-        hidden = small_linear.norm_gated(x, norm, norms.eps, norms.offset, ffn.gate_up, ffn.gate_up_bias, activation)
+        hidden = norm_gated(x, norm, norms, ffn.gate_up, ffn.gate_up_bias, activation)
         if isinstance(ffn.down, Tensor):
             return add_product(hidden, ffn.down, ffn.down_bias, residual)
         return fused_quant_linear(hidden, ffn.down, ffn.down_bias, residual)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cuda_kernels import dispatch, fused, quant_linear, small_linear, split_sum
+from cuda_kernels import dispatch, fused, quant_linear, small_linear, split_sum, wide_gated
 from cuda_kernels.quant_weight import Parts, QuantWeight, Weight, WideWeight
 from cuda_kernels.small_linear_plan import LIBRARY
 from cuda_kernels.split_sum import Sum
@@ -68,3 +68,17 @@ def norm_linear(x: Tensor, norm: Tensor, norms: arch.Norms, weight: Weight, bias
     if isinstance(weight, Tensor):
         return small_linear.norm_linear(x, norm, norms.eps, norms.offset, weight, bias)
     return fused_quant_linear(x, weight, bias, norm=(norm, norms.eps, norms.offset))
+
+
+def norm_gated(x: Tensor, norm: Tensor, norms: arch.Norms, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """act(gate) * up of rms_norm(x). x: [T, I]; norm: f32 [I]; weight: [2F, I]; kind: of activation -> [T, F]."""
+    if wide_gated.takes(len(x), weight):
+        return wide_gated.multiply(fused.rms_norm(x, norm, norms.eps, norms.offset), weight, bias, kind)
+    return small_linear.norm_gated(x, norm, norms.eps, norms.offset, weight, bias, kind)
+
+
+def gated_product(x: Tensor, weight: Weight, bias: Tensor | None, kind: str) -> Tensor:
+    """act(gate) * up of x @ weight.T + bias. x: [T, I]; weight: [2F, I] -> [T, F]."""
+    if isinstance(weight, Tensor) and wide_gated.takes(len(x), weight):
+        return wide_gated.multiply(x, weight, bias, kind)
+    return fused.gated(product(x, weight, bias), kind)

@@ -16,7 +16,10 @@ POINTERS = PAGES | {"slots": "*i32", "lengths": "*i32"}
 FLOATS = dict.fromkeys(("factor", "cap", "eps", "offset", "k_scale", "v_scale"), "fp32")
 
 
-def decode(arch: int, head: int, new: bool, page: int = 64, window: int = 0, capped: bool = False, sinks: bool = False):
+def decode(
+    arch: int, head: int, new: bool, page: int = 64, window: int = 0, capped: bool = False, sinks: bool = False,
+    lanes: int = 16,
+):  # fmt: skip
     types = PAGES | FLOATS | {"qkv": "*bf16", "out": "*bf16", "partials": "*fp32", "counters": "*i32"}
     types |= {"table_stride": "i32", "records": "*i32"}
     types |= {"cos": "*fp32", "sin": "*fp32", "q_norm": "*fp32", "k_norm": "*fp32"} if new else {}
@@ -25,7 +28,7 @@ def decode(arch: int, head: int, new: bool, page: int = 64, window: int = 0, cap
         types["sinks"] = "*bf16"
         del constants["sinks"]
     constants |= {
-        "NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD": head, "BLOCK_H": 1 << (head - 1).bit_length(), "BLOCK_G": 16,
+        "NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD": head, "BLOCK_H": 1 << (head - 1).bit_length(), "BLOCK_G": lanes,
         "BLOCK_C": 64 if head <= 128 else 32, "BLOCK_Z": 16 if head <= 128 else 8, "GROUP_2": 4,
         "HALF": head // 2 if new else 0, "PAGE": page, "WINDOW": window, "NEW": new,
         "Q_NORM": new, "K_NORM": new, "CAP": capped, "SINKS": sinks, "STAGES": 3,
@@ -71,6 +74,7 @@ def rope(arch: int, num_heads: int = 32):
 def test_kernels_compile():
     kernels = [
         decode(80, 128, True), decode(90, 128, True), decode(90, 128, False, page=48, window=1000),
+        decode(80, 128, True, lanes=4), decode(90, 128, True, lanes=4), decode(90, 256, True, capped=True, lanes=4),
         decode(90, 256, True, capped=True), decode(90, 80, True, page=16, sinks=True),
         ragged(80, 128), ragged(90, 128), ragged(90, 128, tma=True), ragged(90, 256, page=16, window=512),
         rope(80), rope(90), rope(90, num_heads=0), items(80, True), items(90, False),

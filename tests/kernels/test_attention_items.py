@@ -68,8 +68,8 @@ def test_no_more_items_than_the_workspace_holds() -> None:
 
 def test_plans() -> None:
     few, more, some, many = (plan_for(rows, 8, 256, 132) for rows in (33, 34, 50, 83))
-    assert (few.early, few.of_sm) == (True, 2)
-    assert some == Plan(merged=4, stages=2)
+    assert (few.early, few.of_sm, few.lanes) == (True, 2, 16)
+    assert some == Plan(merged=4, stages=2, registers=128)
     assert more == many == Plan(block=32, merged=4, warps=2, registers=168)
     assert plan_for(256, 8, 512, 132) == Plan(block=32, merged=4)
 

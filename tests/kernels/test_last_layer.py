@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 from backends.torch.gpu import GpuSteps
 from backends.torch.rehearsal import one_layer_of_each_kind
 from backends.torch.runner import Runner
+from cuda_kernels import quant_linear
 from engine.specs.arch import ArchSpec
 from engine.step import PromptLogprobs
 from tests.backends.driver import Driver, llama
@@ -44,6 +45,9 @@ def finished(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("arch", ARCHS.values(), ids=ARCHS)
 def test_as_the_whole_layer(arch: ArchSpec, finished: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    # Products of e4m3 by e4m3 keep 13 bits of what they add up, and round otherwise in tiles of another size; through
+    # float16 they are exact. What they may be off is held by test_quant_linear.py.
+    monkeypatch.setattr(quant_linear, "has_wide_fp8", lambda device: False)
     cut = served(arch, DEVICE.type)
     assert finished[-3:] == [(tokens, 4 if rows == 3 else rows) for tokens, rows in STEPS]
     count = len(finished)

@@ -37,12 +37,12 @@ def test_which_products_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(split_sum, "multiprocessors", lambda device: 132)
 
     def cut(*shape: int) -> list[bool]:
-        return [split_sum.is_cut(rows, *shape, DEVICE) for rows in (64, 65, 256, 257)]
+        return [split_sum.is_cut(rows, *shape, DEVICE) for rows in (32, 33, 64, 65, 256, 257)]
 
-    assert cut(4096, 14336) == [False, True, True, False]
-    assert cut(1024, 3072) == [False, True, True, False]
-    assert cut(28672, 4096) == [False] * 4
-    assert cut(4096, 4112) == [False] * 4  # not of whole pieces
+    assert cut(4096, 14336) == [False, False, False, True, True, False]
+    assert cut(1024, 3072) == [False, True, True, True, True, False]
+    assert cut(28672, 4096) == [False] * 6
+    assert cut(4096, 4112) == [False] * 6  # not of whole pieces
 
 
 def test_a_decoder_that_cuts_is_one_that_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
