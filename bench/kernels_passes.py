@@ -45,9 +45,8 @@ def main(options: list[str], peak: float) -> None:
             moved = 4 * sums[0].pieces.numel() + 6 * xs[0].numel()
             line(f"sum of pieces, normed {rows}", [lambda x=x: x.normed(gain, EPS, 0.0) for x in sums], moved, peak)
     weights = random(4, 2 * FFN, WIDTH)
-    for rows in (wide_gated.LEAST_ROWS, wide_gated.MOST_ROWS):
-        x, moved = random(rows, WIDTH), 2 * weights[0].numel()
-        one = [lambda w=w, x=x: wide_gated.multiply(x, w, None, "silu") for w in weights]
-        two = [lambda w=w, x=x: fused.gated(torch.nn.functional.linear(x, w), "silu") for w in weights]
-        line(f"gate_up {rows}", one, moved, peak)
-        line(f"gate_up {rows}, cuBLAS and gate", two, moved, peak)
+    x, moved = random(wide_gated.ROWS, WIDTH), 2 * weights[0].numel()
+    one = [lambda w=w: wide_gated.multiply(x, w, None, "silu") for w in weights]
+    two = [lambda w=w: fused.gated(torch.nn.functional.linear(x, w), "silu") for w in weights]
+    line(f"gate_up {len(x)}", one, moved, peak)
+    line(f"gate_up {len(x)}, cuBLAS and gate", two, moved, peak)
