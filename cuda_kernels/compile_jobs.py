@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,49 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, convert_to_tuple_if_list
 
+from cuda_kernels import (
+    attention_decode,
+    attention_items,
+    attention_ragged,
+    attention_tiles,
+    candidates,
+    fused,
+    invariant_attention,
+    invariant_linear,
+    quant_kernels,
+    rope_cache,
+    sampler,
+    sampling,
+    score,
+    small_linear_kernels,
+    split_sum,
+    step_begin,
+    wide_gated,
+)
+
 FOLDER = Path(__file__).parent
-KERNELS = (
-    "attention_decode", "attention_items", "attention_ragged", "attention_tiles", "candidates", "fused",
-    "invariant_attention", "invariant_linear", "quant_kernels", "rope_cache", "sampler", "sampling", "score",
-    "small_linear_kernels", "split_sum", "step_begin", "wide_gated",
-)  # fmt: skip
-MODULES = {f"cuda_kernels.{name}": import_module(f"cuda_kernels.{name}") for name in KERNELS}
+MODULES = {
+    module.__name__: module
+    for module in (
+        attention_decode,
+        attention_items,
+        attention_ragged,
+        attention_tiles,
+        candidates,
+        fused,
+        invariant_attention,
+        invariant_linear,
+        quant_kernels,
+        rope_cache,
+        sampler,
+        sampling,
+        score,
+        small_linear_kernels,
+        split_sum,
+        step_begin,
+        wide_gated,
+    )
+}  # that have kernels of triton
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from cuda_kernels.attention_decode import decode_attention
 from cuda_kernels.attention_items import Items
 from cuda_kernels.attention_ragged import ragged_attention
+from cuda_kernels.flashinfer_attention import PagedRows
 from cuda_kernels.fused import can_overlap
 from cuda_kernels.rope_cache import rope_and_write
 
@@ -32,7 +33,7 @@ class GpuWork:
     # of steps with rows of more than one token; None where every row has one
     query_starts: Tensor | None = None  # i32 [S + 1]
     write_at: Tensor | None = None  # [T] page * page_tokens + offset of each token
-    tiles: Any = None  # of ragged_attention
+    tiles: Any = None  # of ragged_attention, or PagedRows in its place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +74,8 @@ def attend(
             dependent=layer > 0 and can_overlap(qkv.device),
         )  # fmt: skip
     q = rope_and_write(qkv, cache, layer, work.write_at, cos, sin, num_heads=spec.num_heads, **norms)
+    if isinstance(work.tiles, PagedRows):
+        return work.tiles.attend(q, cache, layer, window=spec.window, **limits).reshape(len(q), -1)
     out = ragged_attention(
         q,
         cache,

@@ -24,6 +24,7 @@ AUTO = -1  # of --max-model-len
 MOST_INVARIANT_LOGPROBS = 64  # what the kernel of raw logprobs ranks
 
 GIB = 1 << 30
+FLASHINFER_HEAD_SIZES, FLASHINFER_DTYPES = (64, 128, 256), ("bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +49,7 @@ def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolve
     kv_dtype = resolve_kv_dtype(config.cache.kv_cache_dtype, dtype, device)
     if config.batch_invariant:
         check_invariant(config, arch, device)
+    attention = resolve_attention(config, arch, device, dtype, kv_dtype)
     max_model_len = resolve_model_len(config.model.max_model_len, arch)
     seqs, batched = resolve_batch(config, device, max_model_len)
     page = resolve_page(config.cache.block_size, device)
@@ -68,6 +70,7 @@ def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolve
         load_format=config.model.load_format,
         seed=config.model.seed,
         device=config.device,
+        attention_backend=attention,
         batch_invariant=config.batch_invariant,
     )
     return Resolved(
@@ -146,6 +149,31 @@ def resolve_kv_dtype(name: str, dtype: str, device: DeviceInfo) -> str:
     if name not in known:
         accepted = ", ".join(("auto", *known))
         raise ConfigError(f"--kv-cache-dtype: {name!r} is not supported on {device.name}; one of {accepted}")
+    return name
+
+
+def resolve_attention(config: EngineConfig, arch: ArchSpec, device: DeviceInfo, dtype: str, kv_dtype: str) -> str:
+    """auto, or an implementation of attention that this device has and that takes this model."""
+    given = config.attention_backend
+    name = given if given == "auto" else given.upper()
+    if name != "auto" and name not in device.attention_backends:
+        accepted = ", ".join(("auto", *device.attention_backends))
+        raise ConfigError(
+            f"--attention-backend: {given!r} is not available on {device.name}; one of {accepted}. Our kernels need "
+            "--backend torch on an NVIDIA GPU, FLASHINFER also sm_80 and pip install 'twinfer[flashinfer]'"
+        )
+    if name != "FLASHINFER":
+        return name
+    sizes = sorted({layer.mixer.head_size for layer in arch.layers} - set(FLASHINFER_HEAD_SIZES))
+    unfit = [
+        (config.batch_invariant, "--batch-invariant"),
+        (dtype not in FLASHINFER_DTYPES, f"--dtype {dtype}: {' or '.join(FLASHINFER_DTYPES)} is wanted"),
+        (kv_dtype != dtype, f"--kv-cache-dtype {kv_dtype}: auto is wanted"),
+        (bool(sizes), f"heads of {sizes} values: {FLASHINFER_HEAD_SIZES} are known"),
+    ]
+    for refused, what in unfit:
+        if refused:
+            raise ConfigError(f"--attention-backend: {given!r} does not work with {what}; leave one of them out")
     return name
 
 

@@ -53,6 +53,7 @@ class DeviceInfo:
     default_dtype: str = "float32"  # what --dtype auto means where the checkpoint says bfloat16 or float16
     supported_dtypes: tuple[str, ...] = ("float32", "bfloat16")
     kv_dtypes: tuple[str, ...] = ()  # of KV pages, besides supported_dtypes
+    attention_backends: tuple[str, ...] = ()  # values of --attention-backend, besides auto
     quantization: tuple[str, ...] = ()  # values of --quantization whose checkpoints can be loaded
     bucket_style: str = "pow2"  # "pow2": few, coarse shapes (compiled); "exact": any shape, no padding
 
@@ -98,6 +99,7 @@ class RunnerConfig:
     load_format: str = "auto"  # "auto" | "safetensors" | "orbax" | "dummy"
     seed: int = 0  # of dummy weights
     device: str = "auto"
+    attention_backend: str = "auto"  # or one of DeviceInfo.attention_backends
     batch_invariant: bool = False  # what a row gives depends on nothing but its own sequence, bit by bit
     num_threads: int = 0  # host threads a CPU backend may use, 0 = all
 

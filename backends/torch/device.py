@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -29,9 +30,18 @@ def describe(device: torch.device) -> DeviceInfo:
         default_dtype="bfloat16" if cuda else "float32",
         supported_dtypes=("float32", "bfloat16", "float16") if cuda else ("float32", "bfloat16"),
         kv_dtypes=("fp8_e4m3",) if has_fp8_pages(device) else (),
+        attention_backends=attention_backends(device),
         quantization=("fp8", "compressed-tensors", "awq", "gptq"),
         bucket_style="exact",
     )
+
+
+def attention_backends(device: torch.device) -> tuple[str, ...]:
+    """Ours, and FlashInfer's where it is installed."""
+    if not has_fused_kernels(device):
+        return ()
+    there = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return ("TRITON_ATTN", "FLASHINFER") if there and find_spec("flashinfer") else ("TRITON_ATTN",)
 
 
 def has_fp8_pages(device: torch.device) -> bool:

@@ -26,7 +26,8 @@ from backends.torch.results import Outcome, Scores
 from backends.torch.step import Loaded, Step
 from cuda_kernels import compile_jobs, compiles
 from cuda_kernels.attention_items import class_starts, row_bytes_of
-from cuda_kernels.attention_ragged import make_work, query_tile
+from cuda_kernels.attention_ragged import RaggedWork, make_work, query_tile
+from cuda_kernels.flashinfer_attention import FlashInfer, PagedRows
 from cuda_kernels.gpu_attention import GpuWork
 from cuda_kernels.small_linear import multiprocessors
 from engine.errors import fail
@@ -48,6 +49,9 @@ class GpuSteps(EagerSteps):
         self._fused = self.make_decoder(loaded)
         self._graphs = self.make_graphs(loaded)
         self._mixed = self.make_mixed(loaded)
+        self._flash = None
+        if loaded.config.attention_backend == "FLASHINFER":
+            self._flash = FlashInfer(loaded.tables.device, loaded.config.max_in_flight + 1)
 
     def make_decoder(self, loaded: Loaded) -> FusedDecoder:
         return FusedDecoder(loaded.decoder)
@@ -221,10 +225,19 @@ class GpuSteps(EagerSteps):
         numbers = tables.to_device(np.concatenate([starts, num_new + computed]))
         query_starts, lengths = numbers.split([len(starts), len(num_new)])
         slots = batch.slots.int()
-        works = []
+        works: list[GpuWork] = []
+        if self._flash is not None:
+            self._flash.begin()
         for group, pages in zip(layout.groups, tables.pages, strict=True):
             mixer = self._loaded.config.arch.layers[group.spec.layers[0]].mixer
             page = pages[batch.slots[batch.token_rows], batch.index // group.page_tokens]
+            tiles: RaggedWork | PagedRows
+            if self._flash is not None:
+                tiles = PagedRows(
+                    self._flash, len(works), num_new, computed, pages, batch.slots, tables.to_device, group.page_tokens
+                )
+            else:
+                tiles = make_work(num_new, computed, query_tile(mixer.num_heads, mixer.num_kv_heads), tables.device)
             works.append(
                 GpuWork(
                     page_table=pages,
@@ -233,7 +246,7 @@ class GpuSteps(EagerSteps):
                     workspace=self._graphs.workspace,
                     query_starts=query_starts,
                     write_at=page * group.page_tokens + batch.index % group.page_tokens,
-                    tiles=make_work(num_new, computed, query_tile(mixer.num_heads, mixer.num_kv_heads), tables.device),
+                    tiles=tiles,
                 )
             )
         return works

@@ -19,6 +19,7 @@ from backends.torch.quant_weights import kept_sizes, product_bytes
 from backends.torch.weights import storage, stored_name
 from cuda_kernels import attention_items, invariant_attention, sampler, score, small_linear, split_sum
 from cuda_kernels.candidates import SPAN
+from cuda_kernels.flashinfer_attention import PLAN_BYTES, WORKSPACE_BYTES
 from engine.runner import ON_DEMAND, RunnerConfig
 from engine.specs.arch import ArchSpec, LayerSpec
 from engine.specs.cache import cache_groups
@@ -114,7 +115,16 @@ def step_bytes(config: RunnerConfig, multiprocessors: int) -> int:
         # the layer's input, what stands between its halves, and its output
         in_layers += 3 * split_sum.most_bytes(tokens, arch.hidden_size, multiprocessors)
         in_layers += 2 * item_bytes(arch, rows, multiprocessors)  # of rows of one token, and of the sampled ones
-    return before + max(in_layers, at_logits, at_scores) + scratch + ROUNDING_BYTES
+    return before + max(in_layers, at_logits, at_scores) + scratch + flashinfer_bytes(config) + ROUNDING_BYTES
+
+
+def flashinfer_bytes(config: RunnerConfig) -> int:
+    """cuda_kernels/flashinfer_attention.FlashInfer, with a wrapper of each kind of layer for each step in flight."""
+    if config.attention_backend != "FLASHINFER":
+        return 0
+    mixers = [(n, config.arch.layers[i].mixer) for n, g in enumerate(cache_groups(config.arch)) for i in g.layers]
+    planned = {(n, mixer.num_heads, mixer.scale, mixer.window, mixer.logit_cap) for n, mixer in mixers}
+    return WORKSPACE_BYTES + (config.max_in_flight + 1) * len(planned) * PLAN_BYTES
 
 
 def sampler_bytes(rows: int, vocab: int) -> int:

@@ -42,6 +42,8 @@ HELP: dict[str, str] = {
     # engine
     "backend": "Framework that runs the model; auto: TPU -> jax, NVIDIA GPU with torch -> torch, else jax.",
     "device": "Kind of device.",
+    "attention_backend": "Attention of prompts too long for captured steps on a GPU: ours (TRITON_ATTN, auto) or "
+    "FlashInfer's, if installed; decode and short prompts always take ours.",
     "batch_invariant": "Bitwise the same tokens and logprobs alone and in any batch, chunked or cached; slower.",
     "log_stats": "Log throughput and cache use now and then.",
     # server
@@ -70,6 +72,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kv_cache_dtype": ("auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3"),
     "scheduling_policy": ("fcfs", "priority"),
     "backend": ("auto", "jax", "torch", "fake"),
+    "attention_backend": ("auto", "TRITON_ATTN", "FLASHINFER"),
     "device": ("auto", "cpu", "cuda", "gpu", "tpu"),
     "uvicorn_log_level": ("critical", "error", "warning", "info", "debug", "trace"),
 }

@@ -128,6 +128,33 @@ def test_pages_of_eight_bits_are_half_as_large() -> None:
         resolve(EngineConfig(cache=CacheConfig(kv_cache_dtype="fp8")), arch(), CPU)
 
 
+def test_attention_backends() -> None:
+    """What a device has not, and what FlashInfer has not, is refused by name."""
+    gpu = replace(
+        CPU, attention_backends=("TRITON_ATTN", "FLASHINFER"), supported_dtypes=("float32", "bfloat16"),
+        default_dtype="bfloat16", kv_dtypes=("fp8_e4m3",), capabilities=frozenset({Capability.BATCH_INVARIANT}),
+    )  # fmt: skip
+    flash, fit = EngineConfig(attention_backend="flashinfer"), arch()
+    odd = replace(fit, layers=(replace(fit.layers[0], mixer=replace(fit.layers[0].mixer, head_size=96)),))
+    assert resolve(EngineConfig(), arch(), CPU).runner.attention_backend == "auto"
+    assert resolve(flash, fit, gpu).runner.attention_backend == "FLASHINFER"
+    assert resolve(EngineConfig(attention_backend="TRITON_ATTN"), arch(), gpu).runner.attention_backend == "TRITON_ATTN"
+    with pytest.raises(
+        ConfigError, match=r"--attention-backend: 'flashinfer' is not available on cpu; one of auto\. .*pip"
+    ):
+        resolve(flash, fit, CPU)
+    with pytest.raises(ConfigError, match="'FLASH_ATTN' is not available on cpu; one of auto, TRITON_ATTN, FLASHINFER"):
+        resolve(EngineConfig(attention_backend="FLASH_ATTN"), fit, gpu)
+    for config, model, what in (
+        (replace(flash, batch_invariant=True), fit, "--batch-invariant"),
+        (replace(flash, model=ModelConfig(dtype="float32")), fit, "--dtype float32"),
+        (replace(flash, cache=CacheConfig(kv_cache_dtype="fp8")), fit, "--kv-cache-dtype fp8_e4m3"),
+        (flash, odd, r"heads of \[96\] values"),
+    ):
+        with pytest.raises(ConfigError, match=f"--attention-backend: 'flashinfer' does not work with {what}"):
+            resolve(config, model, gpu)
+
+
 def test_batch_invariant_needs_a_backend_that_can() -> None:
     config = EngineConfig(batch_invariant=True)
     with pytest.raises(ConfigError, match=r"--batch-invariant: not supported .*--backend torch"):
