@@ -50,9 +50,7 @@ class FlashInfer:
     def wrapper(self, kind: Kind) -> Any:
         found = self._wrappers.get((self._turn, kind))
         if found is None:
-            from flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
-
-            found = BatchPrefillWithPagedKVCacheWrapper(self._space, "HND", backend=kernels_of(self._device))
+            found = wrapper_class()(self._space, "HND", backend=kernels_of(self._device))
             self._wrappers[self._turn, kind] = found
         return found
 
@@ -62,6 +60,12 @@ class FlashInfer:
             event = torch.cuda.Event()
             event.record()
             self._copied[self._turn] = event
+
+
+def wrapper_class() -> Any:
+    from flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
+
+    return BatchPrefillWithPagedKVCacheWrapper
 
 
 def kernels_of(device: torch.device) -> str:

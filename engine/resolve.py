@@ -155,7 +155,7 @@ def resolve_kv_dtype(name: str, dtype: str, device: DeviceInfo) -> str:
 def resolve_attention(config: EngineConfig, arch: ArchSpec, device: DeviceInfo, dtype: str, kv_dtype: str) -> str:
     """auto, or an implementation of attention that this device has and that takes this model."""
     given = config.attention_backend
-    name = given if given == "auto" else given.upper()
+    name = "auto" if given.lower() == "auto" else given.upper()
     if name != "auto" and name not in device.attention_backends:
         accepted = ", ".join(("auto", *device.attention_backends))
         raise ConfigError(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from cuda_kernels import flashinfer_attention
 from cuda_kernels.dispatch import has_fused_kernels
 from engine.errors import ConfigError
 from engine.runner import Capability, DeviceInfo
@@ -42,6 +43,16 @@ def attention_backends(device: torch.device) -> tuple[str, ...]:
         return ()
     there = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return ("TRITON_ATTN", "FLASHINFER") if there and find_spec("flashinfer") else ("TRITON_ATTN",)
+
+
+def check_flashinfer() -> None:
+    """Raise ConfigError where the package is there and cannot be imported, before anything is loaded."""
+    try:
+        flashinfer_attention.wrapper_class()
+    except Exception as error:  # whatever a package of somebody else's raises
+        remedy = "leave the flag out, or pip install --force-reinstall 'twinfer[flashinfer]'"
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"--attention-backend: 'FLASHINFER' cannot be imported ({cause}); {remedy}") from error
 
 
 def has_fp8_pages(device: torch.device) -> bool:

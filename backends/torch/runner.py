@@ -63,6 +63,8 @@ class Runner:
         ):
             if value != only:
                 raise ConfigError(f"{name}: {value} is not supported by the torch backend yet; expected {only}")
+        if config.attention_backend == "FLASHINFER":
+            devices.check_flashinfer()
         self._config = config
         self._device = devices.choose_device(config.device)
         if config.num_threads:

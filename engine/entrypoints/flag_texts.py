@@ -83,6 +83,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "data_parallel_size": ("-dp",),
 }
 
+ANY_CASE = frozenset({"attention_backend"})
+"""Flags whose choices are taken in upper and lower case."""
 HUMAN_NUMBERS = frozenset({"max_model_len", "max_num_batched_tokens", "kv_cache_memory_bytes"})
 AUTO_NUMBERS = {"max_model_len": -1}
 """Numbers that may be the word auto, and what that stands for."""

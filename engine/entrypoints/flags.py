@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from engine.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, ScheduleConfig
-from engine.entrypoints.flag_texts import ALIASES, AUTO_NUMBERS, CHOICES, HELP, HUMAN_NUMBERS, UNSUPPORTED
+from engine.entrypoints.flag_texts import ALIASES, ANY_CASE, AUTO_NUMBERS, CHOICES, HELP, HUMAN_NUMBERS, UNSUPPORTED
 from engine.entrypoints.settings import ServerSettings
 from engine.errors import StartupError
 
@@ -80,6 +80,8 @@ class Flag:
 
     def check_choice(self, text: str) -> str:
         choices = CHOICES.get(self.name)
+        if self.name in ANY_CASE:
+            text = next((known for known in choices or () if known.upper() == text.upper()), text)
         if choices and text not in choices:
             raise UsageError(
                 f"{self.option}: {text!r} is not accepted; one of {', '.join(choices)}{nearest(text, choices)}"

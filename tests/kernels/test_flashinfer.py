@@ -25,6 +25,7 @@ from backends.torch.gpu import GpuSteps
 from backends.torch.runner import Runner
 from cuda_kernels import flashinfer_attention
 from cuda_kernels.flashinfer_attention import PLAN_BYTES, WORKSPACE_BYTES, FlashInfer, PagedRows
+from engine.errors import ConfigError
 from engine.specs.arch import ArchSpec
 from tests.backends.driver import Driver, Seq, llama
 
@@ -169,6 +170,16 @@ def test_plans_outlive_the_steps_in_flight(package: None) -> None:
         assert owner.wrapper(replace(kind, group=1)) is not taken[-1]
     assert len(set(map(id, taken))) == 3
     assert taken[:3] == taken[3:]
+
+
+def test_a_package_that_does_not_import_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = ModuleType("flashinfer.prefill")  # has no wrapper
+    monkeypatch.setitem(sys.modules, "flashinfer", ModuleType("flashinfer"))
+    monkeypatch.setitem(sys.modules, "flashinfer.prefill", broken)
+    with pytest.raises(
+        ConfigError, match=r"--attention-backend: 'FLASHINFER' cannot be imported \(ImportError: .*leave"
+    ):
+        Driver(Runner(), llama(), device=DEVICE.type, attention_backend="FLASHINFER", warm=False)
 
 
 def test_its_memory_is_planned(package: None) -> None:

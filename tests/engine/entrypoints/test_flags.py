@@ -105,6 +105,7 @@ def test_bad_config_files(tmp_path: Path, text: str, match: str) -> None:
         (["--max-model-len", "4q"], "such as 4096, 4k .* or auto"),
         (["--max-num-batched-tokens", "auto"], "expected an integer such as 4096"),
         (["--backend", "jaxx"], "did you mean 'jax'"),
+        (["--attention-backend", "flash"], "'flash' is not accepted; one of auto, TRITON_ATTN, FLASHINFER"),
         (["--quantization", "fp4"], "--quantization: 'fp4' .*fp8"),
         (["--enable-lora", "true"], "--enable-lora: not supported"),
         (["a", "b"], "unexpected argument 'b'"),
@@ -137,6 +138,8 @@ def test_vllm_spellings() -> None:
         == 32_000
     )
     assert build_engine_config(values_of("--batch-invariant")).batch_invariant
+    for word, wanted in (("flashinfer", "FLASHINFER"), ("Triton_Attn", "TRITON_ATTN"), ("AUTO", "auto")):
+        assert build_engine_config(values_of("--attention-backend", word)).attention_backend == wanted
 
 
 def test_errors_are_one_line_with_a_status(capsys: pytest.CaptureFixture[str]) -> None:
