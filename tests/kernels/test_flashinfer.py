@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, replace
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, ClassVar
@@ -173,8 +174,9 @@ def test_plans_outlive_the_steps_in_flight(package: None) -> None:
 
 
 def test_a_package_that_does_not_import_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = ModuleType("flashinfer.prefill")  # has no wrapper
-    monkeypatch.setitem(sys.modules, "flashinfer", ModuleType("flashinfer"))
+    whole, broken = ModuleType("flashinfer"), ModuleType("flashinfer.prefill")  # has no wrapper
+    whole.__spec__ = ModuleSpec("flashinfer", None)
+    monkeypatch.setitem(sys.modules, "flashinfer", whole)
     monkeypatch.setitem(sys.modules, "flashinfer.prefill", broken)
     with pytest.raises(
         ConfigError, match=r"--attention-backend: 'FLASHINFER' cannot be imported \(ImportError: .*leave"

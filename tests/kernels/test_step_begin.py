@@ -1,14 +1,12 @@
-"""The first launch of a decode step, under the Triton interpreter, against the torch code it stands for."""
+"""The first launch of a decode step, under the Triton interpreter or on a GPU, against the torch code it stands for."""
 
 from __future__ import annotations
 
-import os
+from tests.kernels.interpreter import DEVICE  # isort: skip, first of all
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read where triton is imported first
 pytest.importorskip("triton")
 from cuda_kernels.step_begin import begin_decode
 from tests.kernels.compiled import compile_kernels
@@ -17,15 +15,15 @@ SLOTS, VOCAB, WIDTH = 6, 50, 48
 
 
 def i32(*values: int) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
 def test_ids_positions_turns_and_rows_are_those_of_torch() -> None:
     random = torch.Generator().manual_seed(1)
-    table = torch.randn(VOCAB, WIDTH, generator=random).half()  # the interpreter cuts bfloat16 instead of rounding
-    last = torch.tensor([9, 1, VOCAB, -5, 2, 0])  # two of them outside the vocabulary
+    table = torch.randn(VOCAB, WIDTH, generator=random).half().to(DEVICE)
+    last = torch.tensor([9, 1, VOCAB, -5, 2, 0], device=DEVICE)  # two of them outside the vocabulary
     length = i32(3, 131071, 7, 9, 11, 0)
-    ropes = [(torch.rand(12, generator=random), 1.0), (torch.rand(8, generator=random), 1.25)]
+    ropes = [(torch.rand(half, generator=random).to(DEVICE), scale) for half, scale in ((12, 1.0), (8, 1.25))]
     slots, token_ids, computed = i32(0, 1, 2, 3, 4, 5), i32(-1, 49, -1, -1, 50, -2), i32(-1, -1, 5, -1, -1, 0)
     start = begin_decode(slots, token_ids, computed, last, length, ropes, table, 3.3)
     assert start.ids.tolist() == [9, 49, 49, 0, 49, 0]
@@ -40,17 +38,18 @@ def test_ids_positions_turns_and_rows_are_those_of_torch() -> None:
 
 
 def test_no_rope_no_scale_and_a_given_flag_buffer() -> None:
-    table, bad = torch.randn(VOCAB, 33), torch.full((2,), 7, dtype=torch.int32)
-    start = begin_decode(i32(0, 5), i32(3, -1), i32(0, -1), torch.arange(SLOTS), i32(*range(SLOTS)), [], table, bad=bad)
+    table, bad = torch.randn(VOCAB, 33, device=DEVICE), i32(7, 7)
+    last = torch.arange(SLOTS, device=DEVICE)
+    start = begin_decode(i32(0, 5), i32(3, -1), i32(0, -1), last, i32(*range(SLOTS)), [], table, bad=bad)
     assert start.turns == () and bad.tolist() == [0, 0]
     assert torch.equal(start.x, table[[3, 5]]) and start.lengths.tolist() == [1, 6]
 
 
 def test_page_tables_take_the_steps_changes() -> None:
-    first, second = torch.zeros(SLOTS, 3, dtype=torch.int32), torch.full((SLOTS, 2), 9, dtype=torch.int32)
-    none = i32(0, 0)
+    first, second = i32(*[0] * 3 * SLOTS).view(SLOTS, 3), i32(*[9] * 2 * SLOTS).view(SLOTS, 2)
+    none, slots, table = i32(0, 0), torch.zeros(SLOTS, device=DEVICE), torch.randn(4, 8, device=DEVICE)
     deltas = [(i32(1, SLOTS - 1), i32(2, 0), i32(77, 0), first), (i32(SLOTS - 1, 0), i32(1, 1), i32(0, 5), second)]
-    begin_decode(none, none, none, torch.zeros(SLOTS), torch.zeros(SLOTS), [], torch.randn(4, 8), deltas=deltas)
+    begin_decode(none, none, none, slots, slots, [], table, deltas=deltas)
     expected = torch.zeros_like(first)
     expected[1, 2] = 77
     assert torch.equal(first, expected)
