@@ -121,9 +121,7 @@ def kernel(  # type: ignore[no-untyped-def]
 
         def write_back():
             tile = (slice(None), slice(None), pl.ds(near, TILE), slice(None))
-            return pltpu.make_async_copy(
-                held.at[(slot, *tile)], cache.at[(layer[0], pages[block], *tile)], written
-            )
+            return pltpu.make_async_copy(held.at[(slot, *tile)], cache.at[(layer[0], pages[block], *tile)], written)
 
         @pl.when(block + 1 < count[0])
         def _():
