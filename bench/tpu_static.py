@@ -29,6 +29,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "decode_capped": {"logit_cap": 50.0},
     "decode_sinks": {"sinks": True},
     "decode_group8": {"group": 8},
+    "decode_head64": {"size": 64},
+    "decode_head80": {"size": 80},
+    "decode_head96": {"size": 96},
     "decode_head256": {"kv_heads": 4, "size": 256},
 }
 """Variants of decode_attention: 8 KV heads of 128, groups of 4, 64 rows, unless they say otherwise."""
@@ -59,8 +62,8 @@ def compile_all(topology: str) -> None:
         limits = {key: options[key] for key in ("window", "logit_cap") if key in options}
         rows, blocks = 64, ints(1024)
         listed = Blocks(count=ints(1), rows=blocks, pages=blocks, starts=blocks)
-        new = halves(rows, kv_heads, size)
-        cache = halves(2, 1024, 2, kv_heads, 128, size)
+        new = halves(rows, kv_heads * size)
+        cache = halves(2, 1024, 2, 128, kv_heads * size)
         shapes = [halves(rows, heads, size), new, new, cache, ints(1), listed, ints(rows)]
         if options["sinks"]:
             shapes.append(jax.ShapeDtypeStruct((heads,), jnp.float32))

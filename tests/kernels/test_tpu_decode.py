@@ -20,9 +20,9 @@ LAYERS, KV_HEADS, GROUP, SIZE, PAGES = 2, 2, 4, 128, 12
 class Case:
     """Rows of any lengths; the list holds `spare` blocks more of each row than it needs, and entries behind its end."""
 
-    def __init__(self, lengths: list[int], seed: int, spare: int = 0) -> None:
+    def __init__(self, lengths: list[int], seed: int, spare: int = 0, size: int = SIZE) -> None:
         rng = np.random.default_rng(seed)
-        self.lengths = lengths
+        self.lengths, self.size = lengths, size
         counts = [-(-length // LANES) + spare if length else 0 for length in lengths]
         ids = iter(rng.permutation(np.arange(1, sum(counts) + 1)))
         self.pages = [[int(next(ids)) for _ in range(count)] for count in counts]
@@ -34,15 +34,15 @@ class Case:
         def normal(*shape: int) -> jax.Array:
             return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
 
-        self.q = normal(len(lengths), KV_HEADS * GROUP, SIZE)
-        self.k, self.v = normal(len(lengths), KV_HEADS, SIZE), normal(len(lengths), KV_HEADS, SIZE)
-        self.cache = normal(LAYERS, max(sum(counts), PAGES) + 1, 2, KV_HEADS, LANES, SIZE)
+        self.q = normal(len(lengths), KV_HEADS * GROUP, size)
+        self.k, self.v = normal(len(lengths), KV_HEADS * size), normal(len(lengths), KV_HEADS * size)
+        self.cache = normal(LAYERS, max(sum(counts), PAGES) + 1, 2, LANES, KV_HEADS * size)
         self.sinks = jnp.asarray(rng.normal(size=KV_HEADS * GROUP), jnp.float32)
 
     def run(self, dma_execution_mode: str = "on_wait", **options: object) -> tuple[np.ndarray, np.ndarray]:
         out, cache = decode_attention(
             self.q, self.k, self.v, self.cache, jnp.array([1], jnp.int32), self.blocks,
-            jnp.array(self.lengths, jnp.int32), scale=SIZE**-0.5,
+            jnp.array(self.lengths, jnp.int32), scale=self.size**-0.5,
             interpret=pltpu.InterpretParams(detect_races=True, dma_execution_mode=dma_execution_mode), **options,
         )  # fmt: skip
         return np.asarray(out, np.float32), np.asarray(cache, np.float32)
@@ -57,10 +57,12 @@ class Case:
             if not length:
                 continue
             page, offset = divmod(length - 1, LANES)
-            cache[1, self.pages[row][page], 0, :, offset] = k[row]
-            cache[1, self.pages[row][page], 1, :, offset] = v[row]
-            keys, values = np.concatenate(cache[1, self.pages[row]], axis=2)[:, :, :length]
-            scores = np.einsum("kgh,knh->kgn", q[row].reshape(KV_HEADS, GROUP, SIZE), keys) * SIZE**-0.5
+            cache[1, self.pages[row][page], 0, offset] = k[row]
+            cache[1, self.pages[row][page], 1, offset] = v[row]
+            held = np.concatenate(cache[1, self.pages[row]], axis=1)[:, :length]
+            keys, values = held.reshape(2, length, KV_HEADS, self.size).transpose(0, 2, 1, 3)
+            of_heads = q[row].reshape(KV_HEADS, GROUP, self.size)
+            scores = np.einsum("kgh,knh->kgn", of_heads, keys) * self.size**-0.5
             if logit_cap is not None:
                 scores = logit_cap * np.tanh(scores / logit_cap)
             if window is not None:
@@ -87,6 +89,11 @@ def test_as_in_numpy(form: str) -> None:
     case = Case([1, 16, 17, 128, 129, 300, 0, 128], seed=3, spare=1)
     options = {"plain": {}, "window": {"window": 40}, "capped": {"logit_cap": 3.0}, "sinks": {"sinks": case.sinks}}
     check(case, **options[form])
+
+
+@pytest.mark.parametrize("size", [64, 80, 96, 256])
+def test_other_head_sizes(size: int) -> None:
+    check(Case([130, 40], seed=4, size=size))
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)
@@ -124,6 +131,6 @@ def test_a_missing_wait_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("pages", [64, 256])
 def test_other_pages_are_refused(pages: int) -> None:
     case = Case([5], seed=0)
-    case.cache = jnp.zeros((*case.cache.shape[:4], pages, SIZE), jnp.bfloat16)
+    case.cache = jnp.zeros((*case.cache.shape[:3], pages, KV_HEADS * SIZE), jnp.bfloat16)
     with pytest.raises(ValueError, match="pages of 128 tokens are wanted"):
         case.run()
