@@ -2,12 +2,12 @@
 
 The work is a flat list of blocks, one page of a row each, rows one after another: while a block is attended to, the
 next one comes from HBM, whether it is of the same row or not, so that short rows cost what their pages cost. The list
-holds for lengths up to a bound that the host knows; the true lengths are read on the device. The new token's key and value are put into the block that has
-their place, and the tile of tokens around them goes back to the page. A page has a token a row, all its heads side by
-side in the lanes: no head size is padded, a token is a row to write, and with the queries laid out as a block-diagonal
-matrix one product gives the scores of all heads. Written without ref.reshape and ref.bitcast, so that it runs in
-Pallas's interpreter with its race detector. Source of the softmax over blocks: Dao et al., FlashAttention
-(arXiv 2205.14135).
+holds for lengths up to a bound that the host knows; the true lengths are read on the device. The new token's key and
+value are put into the block that has their place, and the tile of tokens around them goes back to the page. A page has
+a token a row, all its heads side by side in the lanes: no head size is padded, a token is a row to write, and with the
+queries laid out as a block-diagonal matrix one product gives the scores of all heads. Written without ref.reshape and
+ref.bitcast, so that it runs in Pallas's interpreter with its race detector. Source of the softmax over blocks: Dao et
+al., FlashAttention (arXiv 2205.14135).
 Letters: S rows · N query heads · K KV heads · H head size · W = K * H · L layers · P pages · B blocks of the list.
 """
 
