@@ -39,6 +39,7 @@ UNPAIRED = {
     "torch_models/invariant.py": "the same with one order of sums for every row, by kernels of its own",
     "torch_models/last_layer.py": "what long steps save; jax has no such step yet",
     "torch_models/persistent.py": "a whole decode step of a small model in one GPU launch",
+    "jax_models/scanned.py": "a TPU's scan over stacked weights",
     "jax_models/fused.py": "the same for a few tokens on a CPU: a layer is one C++ call",
 }
 

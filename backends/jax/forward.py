@@ -19,7 +19,8 @@ from engine.specs.arch import ArchSpec
 from engine.specs.cache import CacheLayout
 from jax_models.decoder import Decoder
 from jax_models.fused import FusedDecoder
-from pallas_kernels.dispatch import Work, has_whole_layers
+from jax_models.scanned import ScannedDecoder
+from pallas_kernels.dispatch import Work, has_whole_layers, make_lists
 
 HEAD_ROWS = 8
 """Rows of logits computed together on a CPU; padding costs no more than a block."""
@@ -77,7 +78,9 @@ def forward(
 
 
 def make_decoder(params: dict[str, Any], traits: Traits, tokens: int) -> Decoder:
-    """The decoder, in whole-layer calls where they are made for so few tokens."""
+    """The decoder: a scan where weights are stacked, in whole-layer calls where they are made for so few tokens."""
+    if "runs" in params:
+        return ScannedDecoder(traits.arch, params, traits.max_model_len)
     dtype = params["embed"].dtype.name
     whole = all(
         has_whole_layers(kernel, tokens, group.spec.head_size, dtype)
@@ -105,7 +108,7 @@ def work_of(
     column = index // page
     inside = valid & (column < table.shape[1])
     page_id = table[step["token_rows"], jnp.where(inside, column, 0)]
-    return Work(
+    work = Work(
         kernel=traits.kernels[group],
         page_tokens=page,
         num_rows=step["num_rows"],
@@ -120,6 +123,7 @@ def work_of(
         tile_starts=step["tile_starts"],
         num_tiles=step["num_tiles"],
     )
+    return make_lists(work, tokens=len(index), window=traits.layout.groups[group].spec.window)
 
 
 def head_rows(decoder: Decoder, hidden: Array, step: dict[str, Array], block: int) -> Array:

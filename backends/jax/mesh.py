@@ -31,6 +31,11 @@ def describe(device: jax.Device) -> DeviceInfo:
     )
 
 
+def stacks_layers(platform: str) -> bool:
+    """Whether layers are scanned over stacked weights. XLA:CPU copies each layer's slice out of a stack: not there."""
+    return platform == "tpu"
+
+
 def memory(device: jax.Device) -> tuple[int, int]:
     """(total, free) bytes of a device; of the host for a CPU."""
     if device.platform == "cpu":

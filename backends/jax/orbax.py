@@ -17,7 +17,9 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 
-from backends.jax.weights import storage, tree
+from backends.jax.mesh import stacks_layers
+from backends.jax.stacks import Store
+from backends.jax.weights import storage
 from engine.errors import CheckpointError, check
 from engine.specs.arch import ArchSpec
 from engine.specs.manifest import Part, list_files, read_manifest
@@ -82,16 +84,15 @@ def load(
     places = storage(arch)
     sharding = jax.sharding.SingleDeviceSharding(device)
     rows: dict[str, list[tuple[int, jax.Array]]] = {}
-    flat: dict[str, jax.Array] = {}
+    store = Store(arch, device, stacks_layers(device.platform))
     for param, array in read_params(path, arch, lambda _: sharding, progress):
         place = places[param.name]
         parts = rows.setdefault(place.name, [])
         parts.append((place.start, array.astype(dtype)))
         if sum(part.shape[0] for _, part in parts) == place.rows:
             ordered = [part for _, part in sorted(rows.pop(place.name), key=lambda item: item[0])]
-            flat[place.name] = ordered[0] if len(ordered) == 1 else jnp.concatenate(ordered)
-    check(not rows, f"parameters are incomplete: {sorted(rows)}")
-    return tree(arch, flat)
+            store.put(place.name, ordered[0] if len(ordered) == 1 else jnp.concatenate(ordered))
+    return store.tree({place.name for place in places.values()})
 
 
 def restore_part(

@@ -18,12 +18,11 @@ from backends.jax import sample, tables, updates
 from backends.jax.batch import Packer, Shape, packed_size
 from backends.jax.cache import COPIES, cache_shapes, copy_pages
 from backends.jax.compile import Name, Program, Programs
-from backends.jax.forward import HEAD_ROWS, Traits, forward
+from backends.jax.forward import HEAD_ROWS, Traits, forward, make_decoder
 from engine.runner import Progress, RunnerConfig
 from engine.specs.cache import CacheLayout
 from engine.step import I32, U32, Bucket
-from jax_models.decoder import Decoder
-from pallas_kernels.dispatch import choose_kernel, least_rows
+from pallas_kernels import dispatch
 
 SCORE_BYTES = 64 << 20
 """Most scratch memory of one call that scores prompt tokens."""
@@ -51,12 +50,12 @@ class ProgramSet:
         self._device = device
         self._compiled = Programs(device)
         on_cpu = device.platform == "cpu"
-        self._least = least_rows(device.platform, config.dtype)
+        self._least = dispatch.least_rows(device.platform, config.dtype)
         self._traits = Traits(
             arch=config.arch,
             layout=layout,
             max_model_len=config.max_model_len,
-            kernels=tuple(choose_kernel(device.platform, group.spec.head_size) for group in layout.groups),
+            kernels=tuple(dispatch.choose_kernel(device.platform, group.spec.head_size) for group in layout.groups),
             null_slot=config.max_slots,
             block_rows=HEAD_ROWS if on_cpu else max(config.row_buckets) + HEAD_ROWS,
         )
@@ -142,7 +141,7 @@ class ProgramSet:
         return list(programs.values())
 
     def _score(self, params: dict[str, Any], states: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
-        decoder = Decoder(self._config.arch, params, self._config.max_model_len)
+        decoder = make_decoder(params, self._traits, states.shape[0])
         return sample.score(decoder.logits(states), targets, self._config.sampler_limits.max_logprobs)
 
     def _sample_programs(self) -> list[Program]:

@@ -15,6 +15,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from backends.jax.mesh import stacks_layers
+from backends.jax.stacks import Store
 from engine.errors import check
 from engine.specs.arch import ArchSpec
 from engine.specs.weights import ParamSpec, RawTensor, from_float32, param_table, to_float32
@@ -51,6 +53,16 @@ def storage(arch: ArchSpec) -> dict[str, Stored]:
     return {param: Stored(name, start, heights[name]) for param, name, start in places}
 
 
+def stored_shapes(arch: ArchSpec, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """Stored name -> shape."""
+    places = storage(arch)
+    found: dict[str, jax.ShapeDtypeStruct] = {}
+    for param in param_table(arch):
+        place = places[param.name]
+        found[place.name] = jax.ShapeDtypeStruct((place.rows, *param.shape[1:]), dtype)
+    return found
+
+
 def load_params(
     arch: ArchSpec, stream: Iterator[tuple[ParamSpec, RawTensor]], dtype: str, device: jax.Device
 ) -> dict[str, Any]:
@@ -58,7 +70,7 @@ def load_params(
     places = storage(arch)
     partial: dict[str, NDArray[Any]] = {}
     missing: dict[str, int] = {}
-    flat: dict[str, jax.Array] = {}
+    store = Store(arch, device, stacks_layers(device.platform))
     for param, tensor in stream:
         place = places[param.name]
         numbers = convert(tensor, dtype)
@@ -69,23 +81,8 @@ def load_params(
             if missing[place.name]:
                 continue
             numbers = partial.pop(place.name)
-        flat[place.name] = jax.device_put(numbers, device)
-    check(not partial, f"parameters are incomplete: {sorted(partial)}")
-    check(set(flat) == {place.name for place in places.values()}, "parameters are missing")
-    return tree(arch, flat)
-
-
-def tree(arch: ArchSpec, flat: dict[str, Any]) -> dict[str, Any]:
-    """{"layers.3.qkv": x} -> {"layers": [.., {"qkv": x}]}."""
-    layers: list[dict[str, Any]] = [{} for _ in arch.layers]
-    params: dict[str, Any] = {"layers": layers}
-    for name, value in flat.items():
-        if name.startswith("layers."):
-            _, index, part = name.split(".")
-            layers[int(index)][part] = value
-        else:
-            params[name] = value
-    return params
+        store.put(place.name, numbers)
+    return store.tree({place.name for place in places.values()})
 
 
 def convert(tensor: RawTensor, dtype: str) -> NDArray[Any]:

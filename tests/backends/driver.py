@@ -199,7 +199,8 @@ class Driver:
             "num_threads": 1,
         }
         self.config = RunnerConfig(**(values | config))
-        self.layout = replace(layout(groups, num_pages=64), kv_dtype=self.config.kv_dtype)
+        page = self.config.page_tokens[0]
+        self.layout = replace(layout(groups, num_pages=64, page=page), kv_dtype=self.config.kv_dtype)
         runner.configure(self.config, Placement())
         runner.load(None)
         self.budget_bytes = runner.cache_budget_bytes()
@@ -448,7 +449,7 @@ def deltas(entries: list[list[tuple[int, int, int]]]) -> tuple[PageDelta | None,
     return tuple(result)
 
 
-def layout(groups: tuple[GroupSpec, ...], num_pages: int) -> CacheLayout:
+def layout(groups: tuple[GroupSpec, ...], num_pages: int, page: int = PAGE) -> CacheLayout:
     """Groups whose pages have one shape share a pool; cross and state groups have pools of their own. float32."""
     pools: list[PoolLayout] = []
     pool_of: dict[tuple[int, int, int], int] = {}
@@ -461,15 +462,15 @@ def layout(groups: tuple[GroupSpec, ...], num_pages: int) -> CacheLayout:
             pools.append(
                 PoolLayout(
                     num_pages=num_pages,
-                    page_bytes=2 * 4 * PAGE * layers * heads * size,
+                    page_bytes=2 * 4 * page * layers * heads * size,
                     num_layers=layers,
                     num_kv_heads=heads,
                     head_size=size,
-                    page_tokens=PAGE,
+                    page_tokens=page,
                 )
             )
             if not alone:
                 pool_of[shape] = len(pools) - 1
         pool = len(pools) - 1 if alone else pool_of[shape]
-        placed.append(GroupLayout(spec=group, pool=pool, page_tokens=PAGE))
+        placed.append(GroupLayout(spec=group, pool=pool, page_tokens=page))
     return CacheLayout(groups=tuple(placed), pools=tuple(pools))

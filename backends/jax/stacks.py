@@ -1,0 +1,102 @@
+"""Where loaded parameters are put: an array each, or the layers of a run in one array, filled where it lies.
+
+A TPU's step is a scan over stacked weights (jax_models/scanned.py); nothing is ever held twice, since a stack is
+allocated whole and each layer is written into it by a program that takes its memory over.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from engine.errors import check
+from engine.specs.arch import ArchSpec
+
+
+class Store:
+    """Takes stored parameters by name ("layers.3.qkv"), gives the tree that jax_models takes."""
+
+    def __init__(self, arch: ArchSpec, device: jax.Device, stacked: bool) -> None:
+        self._arch = arch
+        self._sharding = jax.sharding.SingleDeviceSharding(device)
+        self._flat: dict[str, Any] = {}
+        self._stacks = stack_places(arch) if stacked else {}
+        self._names: set[str] = set()
+        self._put = jax.jit(put, donate_argnums=0, out_shardings=self._sharding)
+
+    def put(self, name: str, numbers: Any) -> None:
+        """numbers: an array of the host or of the device."""
+        self._names.add(name)
+        layer, part = split(name)
+        if layer not in self._stacks:
+            self._flat[name] = jax.device_put(numbers, self._sharding)
+            return
+        stack, index, repeats = self._stacks[layer]
+        key = f"{stack}.{part}"
+        if key not in self._flat:
+            make = jax.jit(lambda: jnp.zeros((repeats, *numbers.shape), numbers.dtype), out_shardings=self._sharding)
+            self._flat[key] = make()
+        self._flat[key] = self._put(self._flat[key], jax.device_put(numbers, self._sharding), index)
+
+    def tree(self, wanted: set[str]) -> dict[str, Any]:
+        """wanted: the names that must have come."""
+        check(self._names == wanted, f"parameters are missing or not known: {sorted(self._names ^ wanted)[:5]}")
+        return tree(self._arch, self._flat)
+
+
+def put(stack: jax.Array, numbers: jax.Array, index: jax.Array) -> jax.Array:
+    return lax.dynamic_update_index_in_dim(stack, numbers, index, 0)
+
+
+def split(name: str) -> tuple[int, str]:
+    """ "layers.3.qkv" -> (3, "qkv"); other names -> (-1, name)."""
+    if not name.startswith("layers."):
+        return -1, name
+    _, index, part = name.split(".")
+    return int(index), part
+
+
+def stack_places(arch: ArchSpec) -> dict[int, tuple[str, int, int]]:
+    """Layer -> ("runs.RUN.PLACE", index in the stack, length of the stack)."""
+    return {
+        first + repeat * len(period) + place: (f"runs.{run}.{place}", repeat, repeats)
+        for run, (first, period, repeats) in enumerate(arch.runs)
+        for place in range(len(period))
+        for repeat in range(repeats)
+    }
+
+
+def tree(arch: ArchSpec, flat: dict[str, Any]) -> dict[str, Any]:
+    """{"layers.3.qkv": x} -> {"layers": [.., {"qkv": x}]}; {"runs.0.1.qkv": x} -> {"runs": [({}, {"qkv": x})]}."""
+    layers: list[dict[str, Any]] = [{} for _ in arch.layers]
+    runs: list[tuple[dict[str, Any], ...]] = [tuple({} for _ in period) for _, period, _ in arch.runs]
+    params: dict[str, Any] = {}
+    for name, value in flat.items():
+        match name.split("."):
+            case ["layers", index, part]:
+                params["layers"] = layers
+                layers[int(index)][part] = value
+            case ["runs", run, place, part]:
+                params["runs"] = runs
+                runs[int(run)][int(place)][part] = value
+            case _:
+                params[name] = value
+    return params
+
+
+def abstract(arch: ArchSpec, shapes: dict[str, jax.ShapeDtypeStruct], stacked: bool) -> dict[str, Any]:
+    """The tree of a Store as shapes, for programs that are compiled before weights are there. shapes: by stored name."""
+    if not stacked:
+        return tree(arch, shapes)
+    places, flat = stack_places(arch), {}
+    for name, shape in shapes.items():
+        layer, part = split(name)
+        if layer in places:
+            stack, _, repeats = places[layer]
+            flat[f"{stack}.{part}"] = jax.ShapeDtypeStruct((repeats, *shape.shape), shape.dtype)
+        else:
+            flat[name] = shape
+    return tree(arch, flat)
