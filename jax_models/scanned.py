@@ -42,9 +42,8 @@ class ScannedDecoder(Decoder):
         x = embed(token_ids, self.embed, self.spec.embedding_scale)
         turns = self.turns(positions)
         for (first, period, repeats), stacks in zip(self.spec.runs, self.runs, strict=True):
-            of_layers = [
-                places[first + n : first + n + len(period) * repeats : len(period)] for n in range(len(period))
-            ]
+            size = len(period)
+            of_layers = [places[first + n : first + n + size * repeats : size] for n in range(size)]
             indexes = [jnp.array([index for _, _, index in of_layer], jnp.int32) for of_layer in of_layers]
 
             def body(carry: Any, given: Any, period: Any = period, of_layers: Any = of_layers) -> Any:

@@ -116,7 +116,7 @@ def has_whole_layers(kernel: str, tokens: int, head_size: int, dtype: str) -> bo
 def cache_shape(
     kernel: str, num_layers: int, num_pages: int, page_tokens: int, num_kv_heads: int, head_size: int
 ) -> tuple[int, ...]:
-    """[L, P, 2, K, page, H]: keys, then values, of a page; a head's tokens lie together. On a TPU a token's heads do."""
+    """[L, P, 2, K, page, H]: keys, then values, of a page; a head's tokens lie together, on a TPU a token's heads."""
     if kernel.startswith("tpu"):
         return tpu_attention.cache_shape(num_layers, num_pages, page_tokens, num_kv_heads, head_size)
     return (num_layers, num_pages, 2, num_kv_heads, page_tokens, head_size)

@@ -66,7 +66,9 @@ def decode_attention(
         raise ValueError(f"q {q.shape}, k {k.shape} {k.dtype}: pages of {LANES} tokens are wanted, not {cache.shape}")
     here, there = pl.BlockSpec(memory_space=pltpu.VMEM), pl.BlockSpec(memory_space=pl.ANY)
     sums = [(heads, width), (heads, 1), (heads, 1)]
-    body = functools.partial(kernel, scale=scale, window=window, logit_cap=logit_cap, has_sinks=sinks is not None)
+    body = functools.partial(
+        decode_kernel, scale=scale, window=window, logit_cap=logit_cap, has_sinks=sinks is not None
+    )
     scalars = (layer, blocks.count, blocks.rows, blocks.pages, blocks.starts, lengths)
     sinks = jnp.zeros((heads, 1), jnp.float32) if sinks is None else sinks.astype(jnp.float32)[:, None]
     return pl.pallas_call(
@@ -92,7 +94,7 @@ def decode_attention(
     )(*scalars, q, k[:, None], v[:, None], sinks, cache)
 
 
-def kernel(  # type: ignore[no-untyped-def]
+def decode_kernel(  # type: ignore[no-untyped-def]
     layer, count, rows, pages, starts, lengths,  # scalars
     q, k, v, sinks, _, out, cache,  # [S, N, H], [S, 1, W] twice, [N, 1], the cache as it comes, [S, N, H], the cache
     held,  # [2, 2, page, W] two blocks: one attended to, one on its way

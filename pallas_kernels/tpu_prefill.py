@@ -34,7 +34,7 @@ LOG2_E = 1.4426950408889634
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiles:
-    """What to do. Pairs in order of tiles; entries from a count on are not looked at. Rows that are no prefill: new 0."""
+    """What to do, pairs in order of tiles; entries from a count on are not looked at. Rows of no prefill: new 0."""
 
     num_pairs: Array  # i32 [1]
     pair_tiles: Array  # i32 [pairs]
@@ -82,7 +82,13 @@ def prefill_attention(
     there, here = pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pltpu.VMEM)
     scalars = [getattr(tiles, field) for field in Tiles.__slots__]
     body = functools.partial(
-        kernel, span=span, size=size, scale=scale, window=window, logit_cap=logit_cap, has_sinks=sinks is not None
+        prefill_kernel,
+        span=span,
+        size=size,
+        scale=scale,
+        window=window,
+        logit_cap=logit_cap,
+        has_sinks=sinks is not None,
     )
     block = BLOCK_PAGES * page
     wide = (heads // span, 1, span * TILE)
@@ -115,7 +121,7 @@ def prefill_attention(
     )(layer, *scalars, jnp.repeat(sinks.reshape(-1, 1, span), TILE, axis=2), q, k, v, cache)
 
 
-def kernel(  # type: ignore[no-untyped-def]
+def prefill_kernel(  # type: ignore[no-untyped-def]
     layer, num_pairs, pair_tiles, pair_rows, num_writes, write_rows, write_columns,
     query_starts, num_new, num_computed, page_starts, pages,  # scalars
     sinks, q, k, v, _, out, cache,  # [N / span, 1, span * TILE]; the rest in HBM

@@ -92,6 +92,7 @@ def load(
         if sum(part.shape[0] for _, part in parts) == place.rows:
             ordered = [part for _, part in sorted(rows.pop(place.name), key=lambda item: item[0])]
             store.put(place.name, ordered[0] if len(ordered) == 1 else jnp.concatenate(ordered))
+    check(not rows, f"parameters are incomplete: {sorted(rows)}")
     return store.tree({place.name for place in places.values()})
 
 

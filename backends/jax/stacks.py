@@ -88,7 +88,7 @@ def tree(arch: ArchSpec, flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def abstract(arch: ArchSpec, shapes: dict[str, jax.ShapeDtypeStruct], stacked: bool) -> dict[str, Any]:
-    """The tree of a Store as shapes, for programs that are compiled before weights are there. shapes: by stored name."""
+    """The tree of a Store as shapes, for programs compiled before weights are there. shapes: by stored name."""
     if not stacked:
         return tree(arch, shapes)
     places, flat = stack_places(arch), {}
