@@ -16,6 +16,7 @@ from engine.runner import Capability, DeviceInfo, RunnerConfig, SamplerLimits
 from engine.specs.arch import ArchSpec
 from engine.specs.cache import CacheLayout, GroupKind, GroupLayout, GroupSpec, PoolLayout, cache_groups
 from engine.specs.families.quantization import at_load
+from engine.specs.parallel import check_parallel
 
 UNIT_TOKENS = 16
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8_e4m3": 1}
@@ -53,7 +54,8 @@ def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolve
     max_model_len = resolve_model_len(config.model.max_model_len, arch)
     seqs, batched = resolve_batch(config, device, max_model_len)
     page = resolve_page(config.cache.block_size, device)
-    groups = cache_groups(arch)
+    groups, ranks = cache_groups(arch), config.parallel.tensor_parallel_size
+    check_tensor(ranks, arch, device)
     row_buckets, token_buckets = resolve_buckets(device, seqs, batched)
     runner = RunnerConfig(
         arch=arch,
@@ -72,6 +74,7 @@ def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolve
         device=config.device,
         attention_backend=attention,
         batch_invariant=config.batch_invariant,
+        tensor_size=ranks,
     )
     return Resolved(
         runner=runner,
@@ -80,7 +83,7 @@ def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolve
         max_num_batched_tokens=batched,
         max_model_len=max_model_len,
         max_model_len_given=config.model.max_model_len not in (None, AUTO),
-        kv_bytes_per_token=sum(g.bytes_per_token(DTYPE_BYTES[kv_dtype]) for g in groups),
+        kv_bytes_per_token=sum(g.bytes_per_token(DTYPE_BYTES[kv_dtype], ranks) for g in groups),
         notes=notes,
     )
 
@@ -89,7 +92,6 @@ def refuse_unsupported(config: EngineConfig) -> None:
     """Options that are known by name and not built yet are refused, never ignored."""
     parallel = config.parallel
     for flag, value in (
-        ("--tensor-parallel-size", parallel.tensor_parallel_size),
         ("--pipeline-parallel-size", parallel.pipeline_parallel_size),
         ("--data-parallel-size", parallel.data_parallel_size),
     ):
@@ -104,6 +106,16 @@ def refuse_unsupported(config: EngineConfig) -> None:
     if not 0 < config.cache.gpu_memory_utilization <= 1:
         raise ConfigError(
             f"--gpu-memory-utilization: {config.cache.gpu_memory_utilization} is not accepted; expected > 0 and <= 1"
+        )
+
+
+def check_tensor(size: int, arch: ArchSpec, device: DeviceInfo) -> None:
+    """Whether every layer can be split over so many devices of this process."""
+    check_parallel(arch, size)
+    if size > device.num_devices:
+        raise ConfigError(
+            f"--tensor-parallel-size: {size} is more than the {device.num_devices} devices that this backend drives "
+            f"({device.name}); expected at most {device.num_devices}"
         )
 
 
@@ -267,7 +279,7 @@ def plan_cache(config: EngineConfig, resolved: Resolved, budget_bytes: int) -> t
     runner, groups = resolved.runner, resolved.groups
     pool_of, pools = share_pools(groups)
     page = runner.page_tokens[0]
-    page_bytes = [g.bytes_per_token(DTYPE_BYTES[runner.kv_dtype]) * page for g in pools]
+    page_bytes = [g.bytes_per_token(DTYPE_BYTES[runner.kv_dtype], runner.tensor_size) * page for g in pools]
     override, given = config.cache.num_gpu_blocks_override, config.cache.kv_cache_memory_bytes
     budget = budget_bytes if given is None else given
 
@@ -296,7 +308,7 @@ def plan_cache(config: EngineConfig, resolved: Resolved, budget_bytes: int) -> t
                 num_pages=max(2, int(need[p] * sequences)) + 1,  # + 1: the null page
                 page_bytes=page_bytes[p],
                 num_layers=len(g.layers),
-                num_kv_heads=g.num_kv_heads,
+                num_kv_heads=max(1, g.num_kv_heads // runner.tensor_size),
                 head_size=g.head_size,
                 page_tokens=page,
             )
@@ -344,7 +356,9 @@ def kv_bytes_of(resolved: Resolved, length: int) -> int:
     pools, page = share_pools(resolved.groups)[1], resolved.runner.page_tokens[0]
     item = DTYPE_BYTES[resolved.runner.kv_dtype]
     pages = pages_of(resolved, length)
-    return sum((n + 1) * g.bytes_per_token(item) * page for n, g in zip(pages, pools, strict=True))
+    return sum(
+        (n + 1) * g.bytes_per_token(item, resolved.runner.tensor_size) * page for n, g in zip(pages, pools, strict=True)
+    )
 
 
 def share_pools(groups: tuple[GroupSpec, ...]) -> tuple[list[int], list[GroupSpec]]:

@@ -94,6 +94,7 @@ class RunnerConfig:
     row_buckets: tuple[int, ...]  # S, ascending
     max_batched_tokens: int = 2048  # most tokens of a step, buckets or not
     num_replicas: int = 1
+    tensor_size: int = 1  # devices of this process that share every layer
     max_in_flight: int = 2
     sampler_limits: SamplerLimits = field(default_factory=SamplerLimits)
     load_format: str = "auto"  # "auto" | "safetensors" | "orbax" | "dummy"

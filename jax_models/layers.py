@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from engine.specs.arch import ArchSpec
-from pallas_kernels.dispatch import linear_f32, take_rows
+from pallas_kernels.dispatch import linear_f32, take_split_rows
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -39,7 +39,7 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 def embed(token_ids: Array, table: Array, scale: float) -> Array:
     """Rows of the table, times scale rounded to the table's dtype. token_ids: i32 [T] in [0, V); table: [V, D]."""
-    rows = take_rows(table, token_ids)
+    rows = take_split_rows(table, token_ids)
     return rows if scale == 1.0 else rows * jnp.asarray(scale, table.dtype)
 
 

@@ -6,7 +6,9 @@ Letters: T tokens · S rows · N query heads · K KV heads · H head size · L l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -17,6 +19,8 @@ from pallas_kernels import cpu_attention, cpu_gemm, cpu_layer, cpu_linear, tpu_a
 from pallas_kernels import paged_attention as plain
 from pallas_kernels.cpu_library import library
 
+RANKS: ContextVar[str | None] = ContextVar("RANKS", default=None)
+"""The mesh axis of the program that is being traced, None: one device has all."""
 TILE_TOKENS = 128
 """Query tokens of one prefill tile of the plain kernel."""
 
@@ -71,6 +75,36 @@ def linear_f32(x: Array, weight: Array) -> Array:
     return plain_linear(x, weight)
 
 
+@contextmanager
+def split_over(axis: str) -> Iterator[None]:
+    """While a program is traced inside: it is one rank's, and the ranks are the mesh axis `axis`."""
+    token = RANKS.set(axis)
+    try:
+        yield
+    finally:
+        RANKS.reset(token)
+
+
+def is_split() -> bool:
+    return RANKS.get() is not None
+
+
+def sum_ranks(x: Array) -> Array:
+    """The sum over all ranks."""
+    return lax.psum(x, RANKS.get())
+
+
+def take_split_rows(table: Array, index: Array) -> Array:
+    """table[index] where each rank has a part of the table, [V / ranks, D], rows in order of ranks."""
+    axis = RANKS.get()
+    if axis is None:
+        return take_rows(table, index)
+    own = index - lax.axis_index(axis) * table.shape[0]
+    inside = (own >= 0) & (own < table.shape[0])
+    rows = take_rows(table, jnp.where(inside, own, 0))
+    return lax.psum(jnp.where(inside[:, None], rows, 0), axis)
+
+
 def take_rows(table: Array, index: Array) -> Array:
     """table[index]. table: [V, D]; index: i32 [T]."""
 
@@ -120,6 +154,11 @@ def cache_shape(
     if kernel.startswith("tpu"):
         return tpu_attention.cache_shape(num_layers, num_pages, page_tokens, num_kv_heads, head_size)
     return (num_layers, num_pages, 2, num_kv_heads, page_tokens, head_size)
+
+
+def cache_heads_axis(kernel: str) -> int:
+    """The axis of cache_shape on which heads lie: the one that ranks share."""
+    return 4 if kernel.startswith("tpu") else 3
 
 
 def cache_dtype(kv_dtype: str, platform: str) -> jnp.dtype:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 
+from backends.jax.split import AXIS, Split
 from engine.specs.cache import CacheLayout
 from pallas_kernels import dispatch
 
@@ -16,18 +18,17 @@ COPIES = 8
 """Page copies of one call of the copy program."""
 
 
-def cache_shapes(layout: CacheLayout, platform: str) -> list[jax.ShapeDtypeStruct]:
-    """One array a pool, as dispatch lays it out."""
-    return [
-        jax.ShapeDtypeStruct(
-            dispatch.cache_shape(
-                dispatch.choose_kernel(platform, pool.head_size),
-                *(pool.num_layers, pool.num_pages, pool.page_tokens, pool.num_kv_heads, pool.head_size),
-            ),
-            dispatch.cache_dtype(layout.kv_dtype, platform),
-        )
-        for pool in layout.pools
-    ]
+def cache_shapes(layout: CacheLayout, split: Split) -> list[jax.ShapeDtypeStruct]:
+    """One array a pool, as dispatch lays it out, the ranks' heads one after another. A pool tells its rank's heads."""
+    found = []
+    for pool in layout.pools:
+        kernel = dispatch.choose_kernel(split.platform, pool.head_size)
+        heads = pool.num_kv_heads * split.size
+        shape = dispatch.cache_shape(kernel, pool.num_layers, pool.num_pages, pool.page_tokens, heads, pool.head_size)
+        axis = dispatch.cache_heads_axis(kernel)
+        spec = PartitionSpec(*(AXIS if n == axis else None for n in range(len(shape))))
+        found.append(split.shape(shape, dispatch.cache_dtype(layout.kv_dtype, split.platform), spec))
+    return found
 
 
 def copy_pages(cache: Array, copies: Array) -> Array:

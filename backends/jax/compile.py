@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from backends.jax.split import Split
 from engine.errors import check, fail
 
 Name = tuple[str, *tuple[int, ...]]
@@ -21,19 +22,23 @@ Name = tuple[str, *tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A function and the shapes that it is compiled for. donate: arguments whose memory the results take over."""
+    """A function and the shapes that it is compiled for, whole on each device where they do not say otherwise.
+
+    donate: arguments whose memory the results take over.
+    """
 
     name: Name
     function: Callable[..., Any]
     args: tuple[Any, ...]
     donate: tuple[int, ...] = ()
+    outs: Any = None  # where results lie, as a prefix of their tree; None: whole on each device
 
 
 class Programs:
     """Compiled programs by name."""
 
-    def __init__(self, device: jax.Device) -> None:
-        self._sharding = jax.sharding.SingleDeviceSharding(device)
+    def __init__(self, split: Split) -> None:
+        self._whole = split.sharding()
         self._compiled: dict[Name, Any] = {}
 
     def __contains__(self, name: Name) -> bool:
@@ -55,9 +60,11 @@ class Programs:
                 done(count + 1)
 
     def build(self, program: Program) -> Any:
-        jitted = jax.jit(program.function, donate_argnums=program.donate, out_shardings=self._sharding)
+        outs = self._whole if program.outs is None else program.outs
+        jitted = jax.jit(program.function, donate_argnums=program.donate, out_shardings=outs)
         args = jax.tree_util.tree_map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding), program.args
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or self._whole),
+            program.args,
         )
         return jitted.lower(*args).compile()
 

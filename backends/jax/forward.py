@@ -9,18 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import Mesh, PartitionSpec
 
 from backends.jax import sample
 from backends.jax.batch import Shape, unpack
+from backends.jax.split import AXIS, rank_arch
 from backends.jax.tables import Rows, advance, set_pages
 from engine.specs.arch import ArchSpec
 from engine.specs.cache import CacheLayout
 from jax_models.decoder import Decoder
 from jax_models.fused import FusedDecoder
 from jax_models.scanned import ScannedDecoder
-from pallas_kernels.dispatch import Work, has_whole_layers, make_lists
+from pallas_kernels.dispatch import Work, has_whole_layers, make_lists, split_over
 
 HEAD_ROWS = 8
 """Rows of logits computed together on a CPU; padding costs no more than a block."""
@@ -36,6 +39,7 @@ class Traits:
     kernels: tuple[str, ...]  # one a group
     null_slot: int
     block_rows: int  # rows of logits computed at once
+    ranks: int = 1  # devices that share every layer
 
 
 def places(layout: CacheLayout) -> tuple[tuple[int, int, int], ...]:
@@ -46,6 +50,36 @@ def places(layout: CacheLayout) -> tuple[tuple[int, int, int], ...]:
         for nth, layer in enumerate(group.spec.layers)
     }
     return tuple(found[layer] for layer in range(len(found)))
+
+
+def split_forward(
+    params: dict[str, Any],
+    caches: list[Array],
+    rows: Rows,
+    packed: Array,
+    *,
+    traits: Traits,
+    shape: Shape,
+    mesh: Mesh,
+    specs: tuple[Any, Any],
+) -> tuple[list[Array], Rows, Array, Array, Array]:
+    """`forward` on every device of a mesh, each with its part of params and caches. Logits stay split by vocabulary.
+
+    specs: of params and of caches.
+    """
+    whole, held = PartitionSpec(), specs[1]
+
+    def of_rank(params: dict[str, Any], caches: list[Array], rows: Rows, packed: Array) -> Any:
+        with split_over(AXIS):
+            return forward(params, caches, rows, packed, traits=traits, shape=shape)
+
+    return jax.shard_map(
+        of_rank,
+        mesh=mesh,
+        in_specs=(specs[0], held, whole, whole),
+        out_specs=(held, whole, PartitionSpec(None, AXIS), whole, whole),
+        check_vma=False,
+    )(params, caches, rows, packed)
 
 
 def forward(
@@ -71,22 +105,43 @@ def forward(
     hidden, caches = decoder(token_ids, positions, caches, places(traits.layout), works)
     rows = replace(rows, length=rows.length.at[step["slots"]].set(start + step["num_new"]))
     logits = head_rows(decoder, hidden, step, traits.block_rows)
-    tokens, broken = sample.argmax(logits), ~jnp.all(logits < jnp.inf, axis=1)  # NaN is not less either
+    logits = hide_padding(logits, traits)
+    tokens, broken = greedy(logits, traits.ranks)
     target = jnp.where(step["greedy"] != 0, step["logit_slots"], traits.null_slot)
     rows = advance(rows, target, tokens)
     return caches, rows, logits, hidden, jnp.stack([tokens, broken.astype(jnp.int32), bad])
 
 
+def hide_padding(logits: Array, traits: Traits) -> Array:
+    """Logits f32 [S, V / ranks] of a rank, those of ids that no vocabulary has at -inf."""
+    width = logits.shape[1]
+    if width * traits.ranks == traits.arch.vocab_size:
+        return logits
+    return jnp.where(lax.axis_index(AXIS) * width + jnp.arange(width) < traits.arch.vocab_size, logits, -jnp.inf)
+
+
+def greedy(logits: Array, ranks: int) -> tuple[Array, Array]:
+    """The most likely ids i32 [S] over all ranks' logits [S, V / ranks], and bool [S]: a logit is not finite."""
+    tokens, broken = sample.argmax(logits), ~jnp.all(logits < jnp.inf, axis=1)  # NaN is not less either
+    if ranks == 1:
+        return tokens, broken
+    best = jnp.max(jnp.where(broken[:, None], -jnp.inf, logits), axis=1)
+    own = tokens + lax.axis_index(AXIS) * logits.shape[1]
+    first = lax.pmin(jnp.where(best == lax.pmax(best, AXIS), own, ranks * logits.shape[1]), AXIS)
+    return first, lax.pmax(broken.astype(jnp.int32), AXIS) > 0
+
+
 def make_decoder(params: dict[str, Any], traits: Traits, tokens: int) -> Decoder:
     """The decoder: a scan where weights are stacked, in whole-layer calls where they are made for so few tokens."""
+    arch = rank_arch(traits.arch, traits.ranks)
     if "runs" in params:
-        return ScannedDecoder(traits.arch, params, traits.max_model_len)
+        return ScannedDecoder(arch, params, traits.max_model_len)
     dtype = params["embed"].dtype.name
-    whole = all(
+    whole = traits.ranks == 1 and all(
         has_whole_layers(kernel, tokens, group.spec.head_size, dtype)
         for kernel, group in zip(traits.kernels, traits.layout.groups, strict=True)
     )
-    return (FusedDecoder if whole else Decoder)(traits.arch, params, traits.max_model_len)
+    return (FusedDecoder if whole else Decoder)(arch, params, traits.max_model_len)
 
 
 def check_ids(step: dict[str, Array], rows: Rows, valid: Array, vocab_size: int) -> tuple[Array, Array]:
@@ -131,7 +186,7 @@ def head_rows(decoder: Decoder, hidden: Array, step: dict[str, Array], block: in
     chosen = hidden[step["logit_rows"]]  # [S, D]
     num_rows = chosen.shape[0]
     if num_rows <= block:
-        zeros = jnp.zeros((num_rows, decoder.spec.vocab_size), jnp.float32)
+        zeros = jnp.zeros((num_rows, decoder.head.shape[0]), jnp.float32)
         return lax.cond(step["num_logits"] > 0, lambda x: decoder.logits(x), lambda _: zeros, chosen)
     padded = jnp.pad(chosen, ((0, -num_rows % block), (0, 0)))
 
@@ -139,6 +194,6 @@ def head_rows(decoder: Decoder, hidden: Array, step: dict[str, Array], block: in
         part = lax.dynamic_slice(padded, (index * block, 0), (block, padded.shape[1]))
         return lax.dynamic_update_slice(logits, decoder.logits(part), (index * block, 0))
 
-    empty = jnp.zeros((padded.shape[0], decoder.spec.vocab_size), jnp.float32)
+    empty = jnp.zeros((padded.shape[0], decoder.head.shape[0]), jnp.float32)
     blocks = (step["num_logits"] + block - 1) // block
     return lax.fori_loop(0, blocks, fill, empty)[:num_rows]

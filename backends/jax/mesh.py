@@ -19,7 +19,7 @@ def describe(device: jax.Device) -> DeviceInfo:
     return DeviceInfo(
         kind=device.platform,
         name=device.device_kind if device.platform != "cpu" else "CPU",
-        num_devices=1,
+        num_devices=len(jax.devices()),
         memory_bytes=total,
         free_bytes=free,
         capabilities=CAPABILITIES,
@@ -45,6 +45,16 @@ def memory(device: jax.Device) -> tuple[int, int]:
     stats = device.memory_stats() or {}
     total = int(stats.get("bytes_limit", 0))
     return total, total - int(stats.get("bytes_in_use", 0))
+
+
+def devices_of(device: jax.Device, count: int) -> list[jax.Device]:
+    """The first `count` devices of the platform of `device`. Raises ConfigError."""
+    found = jax.devices(device.platform)
+    if count > len(found):
+        raise ConfigError(
+            f"--tensor-parallel-size: {count} is more than the {len(found)} devices that jax has ({device.device_kind})"
+        )
+    return found[:count]
 
 
 def choose_device(requested: str) -> jax.Device:

@@ -13,12 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from backends.jax import sample, tables, updates
 from backends.jax.batch import Packer, Shape, packed_size
 from backends.jax.cache import COPIES, cache_shapes, copy_pages
 from backends.jax.compile import Name, Program, Programs
-from backends.jax.forward import HEAD_ROWS, Traits, forward, make_decoder
+from backends.jax.forward import HEAD_ROWS, Traits, forward, make_decoder, split_forward
+from backends.jax.split import AXIS, Split, specs_of
 from engine.runner import Progress, RunnerConfig
 from engine.specs.cache import CacheLayout
 from engine.step import I32, U32, Bucket
@@ -43,21 +45,22 @@ def score_rows(vocab_size: int) -> int:
 
 
 class ProgramSet:
-    def __init__(self, config: RunnerConfig, layout: CacheLayout, params: dict[str, Any], device: jax.Device) -> None:
+    def __init__(self, config: RunnerConfig, layout: CacheLayout, params: dict[str, Any], split: Split) -> None:
         self.layout = layout
         self._config = config
         self._params = params
-        self._device = device
-        self._compiled = Programs(device)
-        on_cpu = device.platform == "cpu"
-        self._least = dispatch.least_rows(device.platform, config.dtype)
+        self._split = split
+        self._compiled = Programs(split)
+        on_cpu = split.platform == "cpu"
+        self._least = dispatch.least_rows(split.platform, config.dtype)
         self._traits = Traits(
             arch=config.arch,
             layout=layout,
             max_model_len=config.max_model_len,
-            kernels=tuple(dispatch.choose_kernel(device.platform, group.spec.head_size) for group in layout.groups),
+            kernels=tuple(dispatch.choose_kernel(split.platform, group.spec.head_size) for group in layout.groups),
             null_slot=config.max_slots,
             block_rows=HEAD_ROWS if on_cpu else max(config.row_buckets) + HEAD_ROWS,
+            ranks=split.size,
         )
         self._packers = {
             tokens: Packer(self.shape(tokens), config.max_slots) for tokens in sorted(set(config.token_buckets))
@@ -104,9 +107,15 @@ class ProgramSet:
     def fresh_state(self) -> DeviceState:
         """Empty pages and tables, made on the device: memory that was handed over from the host cannot be donated."""
         name: Name = ("fresh",)
-        shapes = (cache_shapes(self.layout, self._device.platform), *self._table_shapes())
+        caches = cache_shapes(self.layout, self._split)
+        shapes, whole = (caches, *self._table_shapes()), self._split.sharding()
         if name not in self._compiled:
-            program = Program(name, lambda: jax.tree_util.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), ())
+            program = Program(
+                name,
+                lambda: jax.tree_util.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
+                (),
+                outs=([cache.sharding for cache in caches], whole, whole),
+            )
             self._compiled.compile([program], lambda done: None)
         return DeviceState(*self._compiled[name]())
 
@@ -118,11 +127,12 @@ class ProgramSet:
         words = -(-self._config.arch.vocab_size // 32)
         for packer in self._packers.values():
             rows = packer.shape.rows
-            self._no_mask[rows] = jax.device_put(np.zeros((rows, words), np.uint32), self._device)
+            self._no_mask[rows] = jax.device_put(np.zeros((rows, words), np.uint32), self._split.sharding())
 
     def _forward_programs(self) -> list[Program]:
         rows, _ = self._table_shapes()
-        caches = cache_shapes(self.layout, self._device.platform)
+        caches = cache_shapes(self.layout, self._split)
+        whole, held = self._split.sharding(), [cache.sharding for cache in caches]
         hidden, vocab, dtype = self._config.arch.hidden_size, self._config.arch.vocab_size, self._config.dtype
         chunk = score_rows(vocab)
         programs: dict[Name, Program] = {}
@@ -130,8 +140,8 @@ class ProgramSet:
             shape = packer.shape
             packed = jax.ShapeDtypeStruct((packed_size(shape),), np.int32)
             name: Name = ("forward", shape.tokens)
-            function = partial(forward, traits=self._traits, shape=shape)
-            programs[name] = Program(name, function, (self._params, caches, rows, packed), donate=(1, 2))
+            args, outs = (self._params, caches, rows, packed), (held, whole, self._logits().sharding, whole, whole)
+            programs[name] = Program(name, self._forward(shape, caches), args, donate=(1, 2), outs=outs)
             states = jax.ShapeDtypeStruct((shape.tokens, hidden), dtype)
             index = jax.ShapeDtypeStruct((chunk,), np.int32)
             name = ("take", shape.tokens)
@@ -140,20 +150,32 @@ class ProgramSet:
         programs[("score",)] = Program(("score",), self._score, (self._params, states, targets))
         return list(programs.values())
 
+    def _forward(self, shape: Shape, caches: list[jax.ShapeDtypeStruct]) -> Any:
+        if self._split.size == 1:
+            return partial(forward, traits=self._traits, shape=shape)
+        specs, mesh = (specs_of(self._params), specs_of(caches)), self._split.mesh
+        return partial(split_forward, traits=self._traits, shape=shape, mesh=mesh, specs=specs)
+
+    def _logits(self, rows: int = 1) -> jax.ShapeDtypeStruct:
+        """f32 [S, V], the vocabulary split over the devices and padded to equal parts."""
+        width = -(-self._config.arch.vocab_size // self._split.size) * self._split.size
+        return self._split.shape((rows, width), np.float32, PartitionSpec(None, AXIS))
+
     def _score(self, params: dict[str, Any], states: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
         decoder = make_decoder(params, self._traits, states.shape[0])
-        return sample.score(decoder.logits(states), targets, self._config.sampler_limits.max_logprobs)
+        logits = decoder.logits(states)[:, : self._config.arch.vocab_size]
+        return sample.score(logits, targets, self._config.sampler_limits.max_logprobs)
 
     def _sample_programs(self) -> list[Program]:
         rows, sampler = self._table_shapes()
         vocab = self._config.arch.vocab_size
         function = partial(
-            sample.sampling, block=self._traits.block_rows, num_top=self._config.sampler_limits.max_logprobs
+            self._sampling, block=self._traits.block_rows, num_top=self._config.sampler_limits.max_logprobs
         )
         programs = []
         for size in sorted({packer.shape.rows for packer in self._packers.values()}):
             args = (
-                jax.ShapeDtypeStruct((size, vocab), np.float32),
+                self._logits(size),
                 rows,
                 sampler,
                 jax.ShapeDtypeStruct((2 + size,), np.int32),
@@ -161,6 +183,9 @@ class ProgramSet:
             )
             programs.append(Program(("sample", size), function, args, donate=(1, 2)))
         return programs
+
+    def _sampling(self, logits: jax.Array, *args: Any, **options: Any) -> Any:
+        return sample.sampling(logits[:, : self._config.arch.vocab_size], *args, **options)
 
     def _update_programs(self) -> list[Program]:
         rows, sampler = self._table_shapes()
@@ -191,8 +216,9 @@ class ProgramSet:
         for group in range(len(self.layout.groups)):
             function = partial(set_group_pages, group)
             programs.append(Program(("pages", group), function, (rows, ints(3, updates.DELTAS)), donate=(0,)))
-        for pool, cache in enumerate(cache_shapes(self.layout, self._device.platform)):
-            programs.append(Program(("copy", pool), copy_pages, (cache, ints(3, COPIES)), donate=(0,)))
+        for pool, cache in enumerate(cache_shapes(self.layout, self._split)):
+            args = (cache, ints(3, COPIES))
+            programs.append(Program(("copy", pool), copy_pages, args, donate=(0,), outs=cache.sharding))
         return programs
 
     # calls

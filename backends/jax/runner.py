@@ -20,6 +20,7 @@ import numpy as np
 from backends.jax import compile_cache, mesh
 from backends.jax.load import load_weights
 from backends.jax.programs import DeviceState, ProgramSet
+from backends.jax.split import Split
 from backends.jax.updates import Call, copy_calls, open_calls, page_calls
 from backends.jax.weights import param_bytes
 from engine.errors import ConfigError, StepFailed, check, fail
@@ -97,14 +98,15 @@ class Runner:
             log.warning("num_threads: jax uses every CPU of the process; limit it with taskset -c")
         self._config = config
         compile_cache.enable()
-        self._device = mesh.choose_device(config.device)
-        mesh.keep_float32_exact(self._device, config.dtype)
+        device = mesh.choose_device(config.device)
+        self._split = Split(mesh.devices_of(device, config.tensor_size))
+        mesh.keep_float32_exact(device, config.dtype)
         self._generation = np.full(config.max_slots, CLOSED, np.int64)
         self._uses = np.zeros(config.max_slots, np.int32)
         self._poisoned = np.zeros(config.max_slots, np.bool_)
 
     def load(self, checkpoint: Path | None, progress: Progress | None = None) -> None:
-        self._params = load_weights(self._config, checkpoint, self._device, progress)
+        self._params = load_weights(self._config, checkpoint, self._split, progress)
 
     def memory_plan(self, config: RunnerConfig) -> dict[str, int]:
         return {}
@@ -113,14 +115,14 @@ class Runner:
         return 0
 
     def cache_budget_bytes(self) -> int:
-        total, free = mesh.memory(self._device)
+        total, free = mesh.memory(self._split.device)
         workspace = ProgramSet.workspace_bytes(self._config)
-        if self._device.platform == "cpu":
-            return max(0, (free - workspace) // mesh.HOST_SHARE)
+        if self._split.platform == "cpu":
+            return max(0, (free - workspace) // mesh.HOST_SHARE // self._split.size)
         return max(0, total - param_bytes(self._params) - workspace)
 
     def allocate_cache(self, layout: CacheLayout) -> None:
-        self._programs = ProgramSet(self._config, layout, self._params, self._device)
+        self._programs = ProgramSet(self._config, layout, self._params, self._split)
         self._state = self._programs.fresh_state()
 
     def warm_up(self, progress: Progress | None = None) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
+from backends.jax.split import Split
 from engine.errors import check
 from engine.specs.arch import ArchSpec
 
@@ -19,27 +21,29 @@ from engine.specs.arch import ArchSpec
 class Store:
     """Takes stored parameters by name ("layers.3.qkv"), gives the tree that jax_models takes."""
 
-    def __init__(self, arch: ArchSpec, device: jax.Device, stacked: bool) -> None:
+    def __init__(self, arch: ArchSpec, split: Split, stacked: bool) -> None:
         self._arch = arch
-        self._sharding = jax.sharding.SingleDeviceSharding(device)
+        self._split = split
         self._flat: dict[str, Any] = {}
+        self._fill: dict[str, Any] = {}
         self._stacks = stack_places(arch) if stacked else {}
         self._names: set[str] = set()
-        self._put = jax.jit(put, donate_argnums=0, out_shardings=self._sharding)
 
-    def put(self, name: str, numbers: Any) -> None:
-        """numbers: an array of the host or of the device."""
+    def put(self, name: str, numbers: Any, spec: PartitionSpec) -> None:
+        """numbers: an array of the host or of the devices."""
         self._names.add(name)
-        layer, part = split(name)
+        layer, part = split_name(name)
+        placed = jax.device_put(numbers, self._split.sharding(spec))
         if layer not in self._stacks:
-            self._flat[name] = jax.device_put(numbers, self._sharding)
+            self._flat[name] = placed
             return
         stack, index, repeats = self._stacks[layer]
-        key = f"{stack}.{part}"
+        key, sharding = f"{stack}.{part}", self._split.sharding(PartitionSpec(None, *spec))
         if key not in self._flat:
-            make = jax.jit(lambda: jnp.zeros((repeats, *numbers.shape), numbers.dtype), out_shardings=self._sharding)
-            self._flat[key] = make()
-        self._flat[key] = self._put(self._flat[key], jax.device_put(numbers, self._sharding), index)
+            shape, dtype = (repeats, *numbers.shape), numbers.dtype
+            self._flat[key] = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+            self._fill[key] = jax.jit(fill, donate_argnums=0, out_shardings=sharding)
+        self._flat[key] = self._fill[key](self._flat[key], placed, index)
 
     def tree(self, wanted: set[str]) -> dict[str, Any]:
         """wanted: the names that must have come."""
@@ -47,11 +51,11 @@ class Store:
         return tree(self._arch, self._flat)
 
 
-def put(stack: jax.Array, numbers: jax.Array, index: jax.Array) -> jax.Array:
+def fill(stack: jax.Array, numbers: jax.Array, index: jax.Array) -> jax.Array:
     return lax.dynamic_update_index_in_dim(stack, numbers, index, 0)
 
 
-def split(name: str) -> tuple[int, str]:
+def split_name(name: str) -> tuple[int, str]:
     """ "layers.3.qkv" -> (3, "qkv"); other names -> (-1, name)."""
     if not name.startswith("layers."):
         return -1, name
@@ -87,16 +91,17 @@ def tree(arch: ArchSpec, flat: dict[str, Any]) -> dict[str, Any]:
     return params
 
 
-def abstract(arch: ArchSpec, shapes: dict[str, jax.ShapeDtypeStruct], stacked: bool) -> dict[str, Any]:
+def abstract(arch: ArchSpec, shapes: dict[str, jax.ShapeDtypeStruct], split: Split, stacked: bool) -> dict[str, Any]:
     """The tree of a Store as shapes, for programs compiled before weights are there. shapes: by stored name."""
     if not stacked:
         return tree(arch, shapes)
     places, flat = stack_places(arch), {}
     for name, shape in shapes.items():
-        layer, part = split(name)
+        layer, part = split_name(name)
         if layer in places:
             stack, _, repeats = places[layer]
-            flat[f"{stack}.{part}"] = jax.ShapeDtypeStruct((repeats, *shape.shape), shape.dtype)
+            spec = PartitionSpec(None, *(shape.sharding.spec if split.size > 1 else ()))
+            flat[f"{stack}.{part}"] = split.shape((repeats, *shape.shape), shape.dtype, spec)
         else:
             flat[name] = shape
     return tree(arch, flat)

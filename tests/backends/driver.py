@@ -200,7 +200,7 @@ class Driver:
         }
         self.config = RunnerConfig(**(values | config))
         page = self.config.page_tokens[0]
-        self.layout = replace(layout(groups, num_pages=64, page=page), kv_dtype=self.config.kv_dtype)
+        self.layout = replace(layout(groups, 64, page, self.config.tensor_size), kv_dtype=self.config.kv_dtype)
         runner.configure(self.config, Placement())
         runner.load(None)
         self.budget_bytes = runner.cache_budget_bytes()
@@ -449,7 +449,7 @@ def deltas(entries: list[list[tuple[int, int, int]]]) -> tuple[PageDelta | None,
     return tuple(result)
 
 
-def layout(groups: tuple[GroupSpec, ...], num_pages: int, page: int = PAGE) -> CacheLayout:
+def layout(groups: tuple[GroupSpec, ...], num_pages: int, page: int = PAGE, ranks: int = 1) -> CacheLayout:
     """Groups whose pages have one shape share a pool; cross and state groups have pools of their own. float32."""
     pools: list[PoolLayout] = []
     pool_of: dict[tuple[int, int, int], int] = {}
@@ -458,7 +458,7 @@ def layout(groups: tuple[GroupSpec, ...], num_pages: int, page: int = PAGE) -> C
         shape = (len(group.layers), group.num_kv_heads, group.head_size)
         alone = group.kind in (GroupKind.CROSS, GroupKind.STATE)
         if alone or shape not in pool_of:
-            layers, heads, size = shape
+            layers, heads, size = shape[0], max(1, shape[1] // ranks), shape[2]
             pools.append(
                 PoolLayout(
                     num_pages=num_pages,
