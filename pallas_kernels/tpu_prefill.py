@@ -78,12 +78,10 @@ def prefill_attention(
         raise ValueError(f"q {q.shape} of heads of {size} does not fit a cache {cache.shape}")
     if k.shape != (tokens, width) or v.shape != k.shape or k.dtype != cache.dtype:
         raise ValueError(f"k {k.shape} {k.dtype}, v {v.shape}: ({tokens}, {width}) {cache.dtype} is wanted")
-    span = 2 if heads // kv_heads % 2 == 0 else 1  # query heads attended to at once
     there, here = pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pltpu.VMEM)
     scalars = [getattr(tiles, field) for field in Tiles.__slots__]
     body = functools.partial(
         prefill_kernel,
-        span=span,
         size=size,
         scale=scale,
         window=window,
@@ -91,7 +89,7 @@ def prefill_attention(
         has_sinks=sinks is not None,
     )
     block = BLOCK_PAGES * page
-    wide = (heads // span, 1, span * TILE)
+    column = (heads, 1, TILE)
     sinks = jnp.zeros((heads,), jnp.float32) if sinks is None else sinks.astype(jnp.float32) * LOG2_E
     return pl.pallas_call(
         body,
@@ -104,9 +102,9 @@ def prefill_attention(
                 pltpu.VMEM((TILE, lanes), q.dtype),
                 pltpu.VMEM((TILE, lanes), q.dtype),
                 pltpu.VMEM((2, 2, block, width), cache.dtype),
-                pltpu.VMEM((heads // span, size, span * TILE), jnp.float32),
-                pltpu.VMEM(wide, jnp.float32),
-                pltpu.VMEM(wide, jnp.float32),
+                pltpu.VMEM((heads, size, TILE), jnp.float32),
+                pltpu.VMEM(column, jnp.float32),
+                pltpu.VMEM(column, jnp.float32),
                 pltpu.VMEM((2, page + SUBLANES, width), cache.dtype),
                 pltpu.SemaphoreType.DMA((2,)),
                 pltpu.SemaphoreType.DMA,
@@ -118,24 +116,23 @@ def prefill_attention(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=48 << 20),
         interpret=interpret,
         name=name,
-    )(layer, *scalars, jnp.repeat(sinks.reshape(-1, 1, span), TILE, axis=2), q, k, v, cache)
+    )(layer, *scalars, jnp.broadcast_to(sinks[:, None, None], column), q, k, v, cache)
 
 
 def prefill_kernel(  # type: ignore[no-untyped-def]
     layer, num_pairs, pair_tiles, pair_rows, num_writes, write_rows, write_columns,
     query_starts, num_new, num_computed, page_starts, pages,  # scalars
-    sinks, q, k, v, _, out, cache,  # [N / span, 1, span * TILE]; the rest in HBM
+    sinks, q, k, v, _, out, cache,  # [N, 1, TILE]; the rest in HBM
     queries, results,  # [TILE, N * H] of the tile
     held,  # [2, 2, block, W] two blocks: one attended to, one on its way
-    total, top, weight,  # [N / span, H, span * TILE], [N / span, 1, span * TILE] twice: of the tile so far
+    total, top, weight,  # [N, H, TILE], [N, 1, TILE] twice: of the tile so far
     fresh,  # [2, page + SUBLANES, W] new keys and values of a page
     read, moved, written,  # semaphores
-    *, span, size, scale, window, logit_cap, has_sinks,
+    *, size, scale, window, logit_cap, has_sinks,
 ):  # fmt: skip
     """One program: the loop over written pages, then that over pairs and their blocks."""
     block, width = held.shape[2:]
     page, heads, kv_heads = block // BLOCK_PAGES, queries.shape[1] // size, width // size
-    lanes = span * TILE
     at = layer[0]
 
     fresh[...] = jnp.zeros(fresh.shape, fresh.dtype)  # what no copy has filled is multiplied by zero: not by NaN
@@ -235,7 +232,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
         begin_fetch(0, reach(0)[0], 0)
 
     key = lax.broadcasted_iota(jnp.int32, (block, 1), 0)
-    query = lax.rem(lax.broadcasted_iota(jnp.int32, (1, lanes), 1), TILE)
+    query = lax.broadcasted_iota(jnp.int32, (1, TILE), 1)
 
     def attend(pair, slot):
         tile, row = pair_tiles[pair], pair_rows[pair]
@@ -267,50 +264,44 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
             if window is not None:
                 seen = seen & (key + nth * block > position - window)
 
-            def sums(part, keys, values):
-                """Queries of one part: `span` heads. keys, values: [block, H]."""
+            def sums(head, keys, values):
+                """One query head. keys, values: [block, H]."""
                 both_last, both_first = (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
-                begin = part * span * size
-                of_heads = [queries[:, pl.ds(begin + n * size, size)] for n in range(span)]
-                scores = lax.dot_general(
-                    keys, jnp.concatenate(of_heads, axis=0), both_last, preferred_element_type=jnp.float32
-                )
+                own = queries[:, pl.ds(head * size, size)]
+                scores = lax.dot_general(keys, own, both_last, preferred_element_type=jnp.float32)
                 if logit_cap is None:
                     scores = scores * (scale * LOG2_E)
                 else:
                     scores = jnp.tanh(scores * (scale / logit_cap)) * (logit_cap * LOG2_E)
                 scores = jnp.where(seen, scores, MASKED)
-                before = top[part]
+                before = top[head]
                 higher = jnp.maximum(before, jnp.max(scores, axis=0, keepdims=True))
                 share = jnp.exp2(scores - higher)
                 kept = jnp.exp2(before - higher)
-                top[part] = higher
-                weight[part] = weight[part] * kept + jnp.sum(share, axis=0, keepdims=True)
+                top[head] = higher
+                weight[head] = weight[head] * kept + jnp.sum(share, axis=0, keepdims=True)
                 share = share.astype(held.dtype)
                 added = lax.dot_general(values, share, both_first, preferred_element_type=jnp.float32)
-                total[part] = total[part] * kept + added
+                total[head] = total[head] * kept + added
 
-            for head in range(kv_heads):
-                own = slice(head * size, (head + 1) * size)
+            group = heads // kv_heads
+            for kv_head in range(kv_heads):
+                own = slice(kv_head * size, (kv_head + 1) * size)
                 keys, values = held[slot, 0, :, own], held[slot, 1, :, own]
-                parts = heads // kv_heads // span
-                for part in range(head * parts, (head + 1) * parts):
-                    sums(part, keys, values)
+                for head in range(kv_head * group, (kv_head + 1) * group):
+                    sums(head, keys, values)
             return 1 - slot
 
         slot = lax.fori_loop(first, last, attend_block, slot)
 
         @pl.when((pair + 1 == num_pairs[0]) | (pair_tiles[following] != tile))
         def _():
-            for part in range(heads // span):
-                divisor = weight[part]
+            for head in range(heads):
+                divisor = weight[head]
                 if has_sinks:
-                    divisor = divisor + jnp.exp2(sinks[part] - top[part])
-                mixed = total[part] / jnp.maximum(divisor, 1e-30)
-                for n in range(span):
-                    of_head = mixed[:, n * TILE : (n + 1) * TILE]
-                    begin = (part * span + n) * size
-                    results[:, begin : begin + size] = of_head.T.astype(results.dtype)
+                    divisor = divisor + jnp.exp2(sinks[head] - top[head])
+                mixed = total[head] / jnp.maximum(divisor, 1e-30)
+                results[:, head * size : (head + 1) * size] = mixed.T.astype(results.dtype)
             move(out, results, tile, True)
 
         return slot
