@@ -1,4 +1,4 @@
-"""Every program of a runner, compiled before it is ready: lowered and compiled ahead, kept by name, then only called.
+"""Every program of a runner, made before it is ready: compiled or loaded from a bundle, kept by name, then only called.
 
 A name that is not here raises, so nothing can compile while requests are served. XLA compiles without the interpreter
 lock, so a few threads compile at once.
@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from backends.jax.mesh import Target
 from engine.errors import check, fail
 
 Name = tuple[str, *tuple[int, ...]]
@@ -30,10 +31,11 @@ class Program:
 
 
 class Programs:
-    """Compiled programs by name."""
+    """Programs by name. load: makes one without compiling it; None = all are compiled."""
 
-    def __init__(self, device: jax.Device) -> None:
-        self._sharding = jax.sharding.SingleDeviceSharding(device)
+    def __init__(self, target: Target, load: Callable[[Program], Any] | None = None) -> None:
+        self._sharding = target.sharding
+        self._load = load
         self._compiled: dict[Name, Any] = {}
 
     def __contains__(self, name: Name) -> bool:
@@ -42,20 +44,29 @@ class Programs:
     def __len__(self) -> int:
         return len(self._compiled)
 
+    @property
+    def num_compiles(self) -> int:
+        """Of the programs here, those that were compiled and not loaded."""
+        return len(self._compiled) if self._load is None else 0
+
     def compile(self, programs: Iterable[Program], done: Callable[[int], None]) -> None:
-        """Compile all; done(n) is called in this thread after each."""
+        """Make all; done(n) is called in this thread after each."""
+        make = self._load or self.build
         threads = max(1, min(4, len(os.sched_getaffinity(0))))
         with ThreadPoolExecutor(threads) as pool:
             jobs = []
             for program in programs:
                 check(program.name not in self._compiled, f"{program.name} is compiled twice")
-                jobs.append((program.name, pool.submit(self.build, program)))
+                jobs.append((program.name, pool.submit(make, program)))
             for count, (name, job) in enumerate(jobs):
                 self._compiled[name] = job.result()
                 done(count + 1)
 
     def build(self, program: Program) -> Any:
-        jitted = jax.jit(program.function, donate_argnums=program.donate, out_shardings=self._sharding)
+        """Compiled with every argument kept, used or not: a bundle passes them by number."""
+        jitted = jax.jit(
+            program.function, donate_argnums=program.donate, out_shardings=self._sharding, keep_unused=True
+        )
         args = jax.tree_util.tree_map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding), program.args
         )
@@ -64,7 +75,7 @@ class Programs:
     def __getitem__(self, name: Name) -> Callable[..., Any]:
         program = self._compiled.get(name)
         if program is None:
-            fail(f"no program {name}: it was not compiled at warm-up")
+            fail(f"no program {name}: it was not made at warm-up")
         return program
 
     def temp_bytes(self, name: Name) -> int:

@@ -1,21 +1,58 @@
-"""The devices of this process: which they are, how much memory they have, what the runner can do with them."""
+"""The devices that programs are made for: which they are, how much memory they have, what the runner can do with them.
+
+They are this process's own, or a TPU that is not here, which libtpu compiles for without one.
+"""
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
+from jax.experimental import topologies
 
 from engine.errors import ConfigError
 from engine.runner import Capability, DeviceInfo
 
-CAPABILITIES = frozenset({Capability.LATE_MASK, Capability.PROMPT_LOGPROBS})
+CAPABILITIES = frozenset({Capability.LATE_MASK, Capability.PROMPT_LOGPROBS, Capability.EXECUTABLES})
 PAGE_TOKENS = {"cpu": 64, "gpu": 64, "tpu": 128}
+TPUS = {"v5e": ("v5e:1x1", 15.5), "v6e": ("v6e:1x1", 31.0), "v5p": ("v5p:2x2x1", 94.0), "tpu7x": ("tpu7x:2x2x1", 93.0)}
+"""Generation -> the smallest topology that libtpu knows, and GiB of one device: a little under what it has in all."""
+WITHOUT_A_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
+"""What libtpu is told where it only compiles: to ask no cloud service for its host, and to take no lock of a chip."""
 HOST_SHARE = 4  # a CPU runner takes a quarter of the free memory: the host is not the engine's alone
 
 
-def describe(device: jax.Device) -> DeviceInfo:
-    total, free = memory(device)
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What programs are made for: a device of this process, or one of a topology that is not here."""
+
+    device: jax.Device
+    hbm_bytes: int | None = None  # of a device that cannot be asked
+
+    @property
+    def platform(self) -> str:
+        return str(self.device.platform)
+
+    @property
+    def sharding(self) -> jax.sharding.Sharding:
+        return jax.sharding.SingleDeviceSharding(self.device)
+
+    def memory(self) -> tuple[int, int]:
+        """(total, free) bytes."""
+        return memory(self.device) if self.hbm_bytes is None else (self.hbm_bytes, self.hbm_bytes)
+
+
+def describe(target: Target) -> DeviceInfo:
+    device, (total, free) = target.device, target.memory()
     return DeviceInfo(
         kind=device.platform,
         name=device.device_kind if device.platform != "cpu" else "CPU",
@@ -54,6 +91,25 @@ def choose_device(requested: str) -> jax.Device:
             f"--device: {requested!r} was asked for and jax has {device.platform!r}; set JAX_PLATFORMS={name}"
         )
     return device
+
+
+def absent_tpu(name: str) -> Target:
+    """One chip of a TPU generation, for compiling alone. Raises ConfigError."""
+    generation, _, shape = name.partition(":")
+    if generation not in TPUS:
+        raise ConfigError(f"--tpu: {name!r} is not known; one of {', '.join(TPUS)}")
+    if shape and any(side != "1" for side in shape.split("x")):
+        raise ConfigError(f"--tpu: {name!r} is several chips, which is not supported yet; use --tpu {generation}")
+    if find_spec("libtpu") is None:
+        raise ConfigError(f"--tpu: {name!r} needs the compiler of TPUs; install it with pip install 'twinfer[tpu]'")
+    for variable, value in WITHOUT_A_TPU.items():
+        os.environ.setdefault(variable, value)
+    if not jax.config.jax_platforms:
+        jax.config.update("jax_platforms", "cpu")
+    topology, gib = TPUS[generation]
+    one = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
+    described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **one)
+    return Target(described.devices[0], int(gib * 2**30))
 
 
 def keep_float32_exact(device: jax.Device, dtype: str) -> None:

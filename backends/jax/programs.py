@@ -6,6 +6,7 @@ step can have), one sampling program a row count, and a handful of updates. Lett
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from backends.jax.batch import Packer, Shape, packed_size
 from backends.jax.cache import COPIES, cache_shapes, copy_pages
 from backends.jax.compile import Name, Program, Programs
 from backends.jax.forward import HEAD_ROWS, Traits, forward
+from backends.jax.mesh import Target
 from engine.runner import Progress, RunnerConfig
 from engine.specs.cache import CacheLayout
 from engine.step import I32, U32, Bucket
@@ -44,19 +46,28 @@ def score_rows(vocab_size: int) -> int:
 
 
 class ProgramSet:
-    def __init__(self, config: RunnerConfig, layout: CacheLayout, params: dict[str, Any], device: jax.Device) -> None:
+    """params: arrays, or their shapes where programs are only listed. load: see Programs."""
+
+    def __init__(
+        self,
+        config: RunnerConfig,
+        layout: CacheLayout,
+        params: dict[str, Any],
+        target: Target,
+        load: Callable[[Program], Any] | None = None,
+    ) -> None:
         self.layout = layout
         self._config = config
         self._params = params
-        self._device = device
-        self._compiled = Programs(device)
-        on_cpu = device.platform == "cpu"
-        self._least = least_rows(device.platform, config.dtype)
+        self._device, self._platform = target.device, target.platform
+        self._compiled = Programs(target, load)
+        on_cpu = self._platform == "cpu"
+        self._least = least_rows(self._platform, config.dtype)
         self._traits = Traits(
             arch=config.arch,
             layout=layout,
             max_model_len=config.max_model_len,
-            kernels=tuple(choose_kernel(device.platform, group.spec.head_size) for group in layout.groups),
+            kernels=tuple(choose_kernel(self._platform, group.spec.head_size) for group in layout.groups),
             null_slot=config.max_slots,
             block_rows=HEAD_ROWS if on_cpu else max(config.row_buckets) + HEAD_ROWS,
         )
@@ -65,8 +76,9 @@ class ProgramSet:
         }
         self._no_mask: dict[int, jax.Array] = {}
 
-    def __len__(self) -> int:
-        return len(self._compiled)
+    @property
+    def num_compiles(self) -> int:
+        return self._compiled.num_compiles
 
     @staticmethod
     def workspace_bytes(config: RunnerConfig) -> int:
@@ -104,17 +116,28 @@ class ProgramSet:
 
     def fresh_state(self) -> DeviceState:
         """Empty pages and tables, made on the device: memory that was handed over from the host cannot be donated."""
-        name: Name = ("fresh",)
-        shapes = (cache_shapes(self.layout, self._device.platform), *self._table_shapes())
-        if name not in self._compiled:
-            program = Program(name, lambda: jax.tree_util.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), ())
+        program = self._fresh_program()
+        if program.name not in self._compiled:
             self._compiled.compile([program], lambda done: None)
-        return DeviceState(*self._compiled[name]())
+        return DeviceState(*self._compiled[program.name]())
+
+    def _fresh_program(self) -> Program:
+        shapes = (cache_shapes(self.layout, self._platform), *self._table_shapes())
+        return Program(("fresh",), lambda: jax.tree_util.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), ())
 
     # compiling
 
+    def programs(self) -> list[Program]:
+        """All that a runner of this configuration may call."""
+        return [
+            self._fresh_program(),
+            *self._forward_programs(),
+            *self._sample_programs(),
+            *self._update_programs(),
+        ]
+
     def compile(self, progress: Progress) -> None:
-        programs = [*self._forward_programs(), *self._sample_programs(), *self._update_programs()]
+        programs = [program for program in self.programs() if program.name not in self._compiled]
         self._compiled.compile(programs, lambda done: progress("warm_up", done, len(programs)))
         words = -(-self._config.arch.vocab_size // 32)
         for packer in self._packers.values():
@@ -123,7 +146,7 @@ class ProgramSet:
 
     def _forward_programs(self) -> list[Program]:
         rows, _ = self._table_shapes()
-        caches = cache_shapes(self.layout, self._device.platform)
+        caches = cache_shapes(self.layout, self._platform)
         hidden, vocab, dtype = self._config.arch.hidden_size, self._config.arch.vocab_size, self._config.dtype
         chunk = score_rows(vocab)
         programs: dict[Name, Program] = {}
@@ -192,7 +215,7 @@ class ProgramSet:
         for group in range(len(self.layout.groups)):
             function = partial(set_group_pages, group)
             programs.append(Program(("pages", group), function, (rows, ints(3, updates.DELTAS)), donate=(0,)))
-        for pool, cache in enumerate(cache_shapes(self.layout, self._device.platform)):
+        for pool, cache in enumerate(cache_shapes(self.layout, self._platform)):
             programs.append(Program(("copy", pool), copy_pages, (cache, ints(3, COPIES)), donate=(0,)))
         return programs
 

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from backends.jax import compile_cache, mesh
+from backends.jax.aot import Bundle
 from backends.jax.load import load_weights
 from backends.jax.programs import DeviceState, ProgramSet
 from backends.jax.updates import Call, copy_calls, open_calls, page_calls
@@ -80,7 +81,7 @@ class Runner:
     # life
 
     def describe(self, device: str = "auto") -> DeviceInfo:
-        return mesh.describe(mesh.choose_device(device))
+        return mesh.describe(mesh.Target(mesh.choose_device(device)))
 
     def configure(self, config: RunnerConfig, place: Placement) -> None:
         for name, value, only in (
@@ -98,7 +99,9 @@ class Runner:
         self._config = config
         compile_cache.enable()
         self._device = mesh.choose_device(config.device)
+        self._target = mesh.Target(self._device)
         mesh.keep_float32_exact(self._device, config.dtype)
+        self._bundle = Bundle.open(Path(config.executables), config, self._target) if config.executables else None
         self._generation = np.full(config.max_slots, CLOSED, np.int64)
         self._uses = np.zeros(config.max_slots, np.int32)
         self._poisoned = np.zeros(config.max_slots, np.bool_)
@@ -120,14 +123,15 @@ class Runner:
         return max(0, total - param_bytes(self._params) - workspace)
 
     def allocate_cache(self, layout: CacheLayout) -> None:
-        self._programs = ProgramSet(self._config, layout, self._params, self._device)
+        load = None if self._bundle is None else self._bundle.load
+        self._programs = ProgramSet(self._config, layout, self._params, self._target, load)
         self._state = self._programs.fresh_state()
 
     def warm_up(self, progress: Progress | None = None) -> None:
         self._ready().compile(progress or (lambda phase, done, total: None))
 
     def num_compiles(self) -> int:
-        return 0 if self._programs is None else len(self._programs)
+        return 0 if self._programs is None else self._programs.num_compiles
 
     def shutdown(self) -> None:
         self._steps.clear()

@@ -75,6 +75,16 @@ def load_params(
     return tree(arch, flat)
 
 
+def param_shapes(arch: ArchSpec, dtype: str) -> dict[str, Any]:
+    """What load_params gives, as shapes and dtypes."""
+    places = storage(arch)
+    flat: dict[str, jax.ShapeDtypeStruct] = {}
+    for param in param_table(arch):
+        place = places[param.name]
+        flat[place.name] = jax.ShapeDtypeStruct((place.rows, *param.shape[1:]), dtype)
+    return tree(arch, flat)
+
+
 def tree(arch: ArchSpec, flat: dict[str, Any]) -> dict[str, Any]:
     """{"layers.3.qkv": x} -> {"layers": [.., {"qkv": x}]}."""
     layers: list[dict[str, Any]] = [{} for _ in arch.layers]
@@ -98,4 +108,5 @@ def convert(tensor: RawTensor, dtype: str) -> NDArray[Any]:
 
 
 def param_bytes(params: dict[str, Any]) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(params))
+    """Of arrays or of shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree_util.tree_leaves(params))

@@ -8,6 +8,7 @@ import jax
 import pytest
 from jax import monitoring
 
+from backends.jax.mesh import Target
 from backends.jax.programs import ProgramSet
 from backends.jax.runner import Runner
 from backends.jax.weights import load_params
@@ -31,7 +32,7 @@ def programs(arch: ArchSpec, dtype: str, num_pages: int) -> ProgramSet:
     device = jax.devices("cpu")[0]
     pages = replace(layout(cache_groups(arch), num_pages=num_pages), kv_dtype=dtype)
     params = load_params(arch, dummy_params(arch, 0), dtype, device)
-    made = ProgramSet(config, pages, params, device)
+    made = ProgramSet(config, pages, params, Target(device))
     made.compile(lambda phase, done, total: None)
     return made
 

@@ -1,0 +1,142 @@
+"""Executables built ahead: how a program becomes bytes, and how the bytes run again without a compiler.
+
+`twinfer compile` (backends/jax/build.py) writes what `Runner.warm_up` loads; engine/specs/executables.py is the folder.
+A program is the runtime's own serialised executable, no pickle. jax.experimental.serialize_executable pickles; jax's
+persistent cache does not, but has to trace and lower a program to know its name. So a loaded executable is called
+directly: arguments flattened, `execute_sharded`, results put into the tree that the manifest describes. That takes
+four names of jaxlib's own (deserialize_executable, execute_sharded, DeviceList, batched_device_put) where rebuilding a
+jax.stages.Compiled takes twenty private fields, and costs no more a call (docs/executables.md). jax and jaxlib stand
+in the key, so other versions never see these bytes.
+
+Always true: every argument is kept (`keep_unused`), so leaf n of the arguments is parameter n of the executable.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxlib import xla_client
+
+from backends.jax.compile import Name, Program
+from backends.jax.key import key_of
+from backends.jax.mesh import Target
+from backends.jax.tables import Rows, Tables
+from engine.errors import check
+from engine.runner import RunnerConfig
+from engine.specs.executables import Manifest, canonical, check_key, digest, read_manifest, read_program, refuse
+
+RECORDS = {"Rows": Rows, "Tables": Tables}
+
+# trees as JSON
+
+
+def describe(tree: Any) -> Any:
+    """A tree of arrays as JSON: {"list" | "tuple" | "dict" | a record's name: parts}; a leaf is [dtype, shape]."""
+    match tree:
+        case dict():
+            return {"dict": {name: describe(part) for name, part in tree.items()}}
+        case list():
+            return {"list": [describe(part) for part in tree]}
+        case tuple():
+            return {"tuple": [describe(part) for part in tree]}
+        case Rows() | Tables():
+            return {type(tree).__name__: {part.name: describe(getattr(tree, part.name)) for part in fields(tree)}}
+    return [np.dtype(tree.dtype).name, list(tree.shape)]
+
+
+def restore(node: Any) -> Any:
+    """The tree that `describe` made text of, with shapes for arrays. Raises what malformed text raises."""
+    if isinstance(node, list):
+        dtype, shape = node
+        return jax.ShapeDtypeStruct(shape, dtype)
+    ((kind, parts),) = node.items()
+    match kind:
+        case "list":
+            return [restore(part) for part in parts]
+        case "tuple":
+            return tuple(restore(part) for part in parts)
+        case "dict":
+            return {name: restore(part) for name, part in parts.items()}
+    return RECORDS[kind](**{name: restore(part) for name, part in parts.items()})
+
+
+def args_digest(program: Program) -> str:
+    return digest(canonical(describe(program.args)))
+
+
+def text_of(name: Name) -> str:
+    """("forward", 128) -> forward-128."""
+    return "-".join(map(str, name))
+
+
+# programs
+
+
+def serialise(program: Program, compiled: jax.stages.Compiled) -> tuple[str, bytes, str, Any]:
+    """(name, bytes, digest of arguments, tree of results), as a bundle holds it."""
+    executable = compiled.runtime_executable()
+    leaves = len(jax.tree_util.tree_leaves(program.args))
+    check(len(executable.get_parameter_layouts()) == leaves, f"{program.name} has hidden parameters")
+    return text_of(program.name), executable.serialize(), args_digest(program), describe(compiled.out_info)
+
+
+class Loaded:
+    """A program of a bundle, called as the compiled one would be: device arrays and trees of them, or numpy arrays."""
+
+    def __init__(self, executable: Any, program: Program, out: Any, target: Target) -> None:
+        self._executable = executable
+        self._execute = executable.execute_sharded
+        self._hosted = [
+            (index, jax.core.ShapedArray(arg.shape, arg.dtype))
+            for index, arg in enumerate(program.args)
+            if isinstance(arg, jax.ShapeDtypeStruct)
+        ]  # arguments that may come from the host
+        self._sharding, self._devices = target.sharding, [target.device]
+        self._out = jax.tree_util.tree_structure(out)
+
+    def __call__(self, *args: Any) -> Any:
+        given = list(args)
+        for index, aval in self._hosted:
+            array = given[index]
+            if isinstance(array, np.ndarray):
+                check(array.shape == aval.shape and array.dtype == aval.dtype, f"argument {index} is not {aval}")
+                given[index] = xla_client.batched_device_put(aval, self._sharding, [array], self._devices)
+        results = self._execute(jax.tree_util.tree_leaves(given)).disassemble_into_single_device_arrays()
+        return jax.tree_util.tree_unflatten(self._out, [shards[0] for shards in results])
+
+    def memory_analysis(self) -> Any:
+        return self._executable.get_compiled_memory_stats()
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """An open bundle whose key fits."""
+
+    folder: Path
+    manifest: Manifest
+    target: Target
+
+    @classmethod
+    def open(cls, folder: Path, config: RunnerConfig, target: Target) -> Bundle:
+        """Raises ConfigError naming the field that differs."""
+        manifest = read_manifest(folder)
+        check_key(folder, manifest.key, key_of(config, target))
+        return cls(folder, manifest, target)
+
+    def load(self, program: Program) -> Loaded:
+        """Raises ConfigError where the program is missing, damaged or made for other arguments."""
+        name = text_of(program.name)
+        entry, data = read_program(self.folder, self.manifest, name)
+        if entry.args != args_digest(program):
+            refuse(self.folder, f"program {name} was built for other arguments")
+        try:
+            out = restore(entry.out)
+            devices = xla_client.DeviceList((self.target.device,))
+            executable = self.target.device.client.deserialize_executable(data, executable_devices=devices)
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            refuse(self.folder, f"program {name} does not load: {str(error).splitlines()[0][:200]}")
+        return Loaded(executable, program, out, self.target)
