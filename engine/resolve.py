@@ -357,6 +357,9 @@ def longest_length(resolved: Resolved, fits: Callable[[int], bool]) -> int:
 def shortage(config: EngineConfig, resolved: Resolved, budget: int, length: int) -> tuple[str, str]:
     """(what does not fit, what to raise). length: the longest that fits."""
     wanted, override = resolved.max_model_len, config.cache.num_gpu_blocks_override
+    if config.executables is not None:
+        fits = f"the KV pages of {config.executables} hold {length} tokens, --max-model-len is {wanted}"
+        return fits, "build the executables again with more pages (--num-gpu-blocks-override)"
     if override is not None:
         need = max(pages_of(resolved, wanted))
         fits = f"{override} pages of KV cache hold {length} tokens, --max-model-len {wanted} needs {need}"

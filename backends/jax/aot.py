@@ -137,6 +137,9 @@ class Bundle:
             out = restore(entry.out)
             devices = xla_client.DeviceList((self.target.device,))
             executable = self.target.device.client.deserialize_executable(data, executable_devices=devices)
+            num_results = jax.tree_util.tree_structure(out).num_leaves
+            if len(executable.get_output_layouts()) != num_results:
+                raise ValueError(f"it gives other than {num_results} results")
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             refuse(self.folder, f"program {name} does not load: {str(error).splitlines()[0][:200]}")
         return Loaded(executable, program, out, self.target)

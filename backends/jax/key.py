@@ -57,7 +57,8 @@ def key_of(config: RunnerConfig, target: Target) -> dict[str, str]:
         "model": f"{config.arch.family} {arch}",
     }
     key |= {label: str(getattr(config, name)) for name, label in SHAPING.items()}
-    key |= {name: source_digest(paths) for name, paths in SOURCES.items()}
+    root = Path(__file__).parents[2]
+    key |= {name: source_digest(root, paths) for name, paths in SOURCES.items()}
     if target.platform == "cpu":
         key["cpu_library"] = library_digest()
     return key
@@ -75,8 +76,8 @@ def runtime_of(target: Target) -> str:
     return " ".join(target.device.client.platform_version.split())
 
 
-def source_digest(paths: tuple[str, ...]) -> str:
-    root = Path(__file__).parents[2]
+def source_digest(root: Path, paths: tuple[str, ...]) -> str:
+    """Of every .py and .json file, its path among them."""
     found: dict[str, str] = {}
     for path in paths:
         whole = root / path

@@ -137,8 +137,9 @@ def read_manifest(folder: Path) -> Manifest:
     if reason is not None:
         refuse(folder, reason)
     path = folder / MANIFEST
+    data = read_trusted(path)
     try:
-        document = json.loads(read_trusted(path))
+        document = json.loads(data)
     except ValueError:
         refuse(path, "not JSON")
     if not isinstance(document, dict) or document.get("format") != FORMAT:
