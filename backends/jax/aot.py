@@ -25,7 +25,7 @@ from backends.jax.compile import Name, Program
 from backends.jax.key import key_of
 from backends.jax.mesh import Target
 from backends.jax.tables import Rows, Tables
-from engine.errors import check
+from engine.errors import check, fail
 from engine.runner import RunnerConfig
 from engine.specs.executables import Manifest, canonical, check_key, digest, read_manifest, read_program, refuse
 
@@ -85,7 +85,11 @@ def serialise(program: Program, compiled: jax.stages.Compiled) -> tuple[str, byt
 
 
 class Loaded:
-    """A program of a bundle, called as the compiled one would be: device arrays and trees of them, or numpy arrays."""
+    """A program of a bundle, called as the compiled one would be: device arrays and trees of them, or numpy arrays.
+
+    A dict as the first argument is the parameters: its leaves are listed once for as long as it is the same object, so
+    it is never changed in place.
+    """
 
     def __init__(self, executable: Any, program: Program, out: Any, target: Target) -> None:
         self._executable = executable
@@ -97,16 +101,26 @@ class Loaded:
         ]  # arguments that may come from the host
         self._sharding, self._devices = target.sharding, [target.device]
         self._out = jax.tree_util.tree_structure(out)
+        self._params: dict[str, Any] = {}
+        self._param_leaves: list[Any] = []
 
     def __call__(self, *args: Any) -> Any:
         given = list(args)
         for index, aval in self._hosted:
             array = given[index]
             if isinstance(array, np.ndarray):
-                check(array.shape == aval.shape and array.dtype == aval.dtype, f"argument {index} is not {aval}")
+                if array.shape != aval.shape or array.dtype != aval.dtype:
+                    fail(f"argument {index} is {array.dtype} {array.shape}, not {aval}")
                 given[index] = xla_client.batched_device_put(aval, self._sharding, [array], self._devices)
-        results = self._execute(jax.tree_util.tree_leaves(given)).disassemble_into_single_device_arrays()
+        results = self._execute(self._leaves(given)).disassemble_into_single_device_arrays()
         return jax.tree_util.tree_unflatten(self._out, [shards[0] for shards in results])
+
+    def _leaves(self, given: list[Any]) -> list[Any]:
+        if not given or not isinstance(given[0], dict):
+            return jax.tree_util.tree_leaves(given)
+        if given[0] is not self._params:
+            self._params, self._param_leaves = given[0], jax.tree_util.tree_leaves(given[0])
+        return self._param_leaves + jax.tree_util.tree_leaves(given[1:])
 
     def memory_analysis(self) -> Any:
         return self._executable.get_compiled_memory_stats()
