@@ -70,4 +70,5 @@ class EngineConfig:
     device: str = "auto"  # auto | cpu | cuda | tpu
     attention_backend: str = "auto"  # auto | TRITON_ATTN | FLASHINFER (attention of long steps on a GPU)
     batch_invariant: bool = False  # a request's tokens and logprobs are bitwise the same alone and in any batch
+    executables: str | None = None  # folder that twinfer compile wrote: its programs are loaded, none is compiled
     log_stats: bool = True

@@ -50,6 +50,8 @@ def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolve
     kv_dtype = resolve_kv_dtype(config.cache.kv_cache_dtype, dtype, device)
     if config.batch_invariant:
         check_invariant(config, arch, device)
+    if config.executables is not None:
+        check_executables(config, device)
     attention = resolve_attention(config, arch, device, dtype, kv_dtype)
     max_model_len = resolve_model_len(config.model.max_model_len, arch)
     seqs, batched = resolve_batch(config, device, max_model_len)
@@ -75,6 +77,7 @@ def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolve
         attention_backend=attention,
         batch_invariant=config.batch_invariant,
         tensor_size=ranks,
+        executables=config.executables or "",
     )
     return Resolved(
         runner=runner,
@@ -205,6 +208,22 @@ def check_invariant(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) ->
         )
 
 
+def check_executables(config: EngineConfig, device: DeviceInfo) -> None:
+    """Raise ConfigError where --executables cannot be followed."""
+    if not config.executables:
+        raise ConfigError("--executables: '' is not accepted; expected the folder that twinfer compile wrote")
+    if Capability.EXECUTABLES not in device.capabilities:
+        raise ConfigError(
+            f"--executables: not supported by this backend on {device.name}; use --backend jax, or leave it out"
+        )
+    for flag, value in (
+        ("--num-gpu-blocks-override", config.cache.num_gpu_blocks_override),
+        ("--kv-cache-memory-bytes", config.cache.kv_cache_memory_bytes),
+    ):
+        if value is not None:
+            raise ConfigError(f"{flag}: {value} does not work with --executables, which fix the KV pages; leave it out")
+
+
 def resolve_model_len(given: int | None, arch: ArchSpec) -> int:
     """The model's own length, or a shorter one; a longer one is refused: positions would be out of training."""
     if given is None or given == AUTO:
@@ -270,11 +289,14 @@ def powers_to(first: int, last: int, factor: int = 2) -> tuple[int, ...]:
     return (*values, last)
 
 
-def plan_cache(config: EngineConfig, resolved: Resolved, budget_bytes: int) -> tuple[CacheLayout, int, tuple[str, ...]]:
+def plan_cache(
+    config: EngineConfig, resolved: Resolved, budget_bytes: int, num_pages: tuple[int, ...] | None = None
+) -> tuple[CacheLayout, int, tuple[str, ...]]:
     """(layout, max_model_len, notes): page counts from the bytes left for KV.
 
-    The length shrinks to the longest that one request can hold when the user gave none. Raises ConfigError with the
-    numbers when even that is too little, or when the given length does not fit.
+    The length shrinks to the longest that one request can hold when the user gave none. num_pages: of each pool, where
+    executables fix them. Raises ConfigError with the numbers when even that is too little, or when the given length or
+    the fixed pages do not fit.
     """
     runner, groups = resolved.runner, resolved.groups
     pool_of, pools = share_pools(groups)
@@ -286,6 +308,8 @@ def plan_cache(config: EngineConfig, resolved: Resolved, budget_bytes: int) -> t
     def sequences_of(length: int) -> float:
         """How many sequences of a length fit."""
         need = pages_of(resolved, length)
+        if num_pages is not None:
+            return min((n - 1) / m for n, m in zip(num_pages, need, strict=True))
         if override is not None:
             return override / max(need)
         return (budget - sum(page_bytes)) / sum(n * b for n, b in zip(need, page_bytes, strict=True))
@@ -305,7 +329,7 @@ def plan_cache(config: EngineConfig, resolved: Resolved, budget_bytes: int) -> t
         groups=tuple(GroupLayout(spec=g, pool=pool_of[i], page_tokens=page) for i, g in enumerate(groups)),
         pools=tuple(
             PoolLayout(
-                num_pages=max(2, int(need[p] * sequences)) + 1,  # + 1: the null page
+                num_pages=max(2, int(need[p] * sequences)) + 1 if num_pages is None else num_pages[p],  # + 1: null page
                 page_bytes=page_bytes[p],
                 num_layers=len(g.layers),
                 num_kv_heads=max(1, g.num_kv_heads // runner.tensor_size),
@@ -317,7 +341,22 @@ def plan_cache(config: EngineConfig, resolved: Resolved, budget_bytes: int) -> t
         unit_tokens=UNIT_TOKENS,
         kv_dtype=runner.kv_dtype,
     )
+    if num_pages is not None:
+        check_fixed_pages(config, layout, budget)
     return layout, length, tuple(notes)
+
+
+def check_fixed_pages(config: EngineConfig, layout: CacheLayout, budget: int) -> None:
+    """Raise ConfigError where memory does not hold the pages that executables were built for."""
+    asked = sum(pool.num_pages * pool.page_bytes for pool in layout.pools)
+    if asked > budget:
+        pages = " + ".join(str(pool.num_pages - 1) for pool in layout.pools)
+        fewer = max(1, int((layout.pools[0].num_pages - 1) * budget / asked) - 1)
+        raise ConfigError(
+            f"--executables: {config.executables} was built for {pages} KV pages, {asked / GIB:.2f} GiB, and "
+            f"{budget / GIB:.2f} GiB are left; free memory, or build it again with twinfer compile "
+            f"--num-gpu-blocks-override {fewer}"
+        )
 
 
 def longest_length(resolved: Resolved, fits: Callable[[int], bool]) -> int:
@@ -330,6 +369,9 @@ def longest_length(resolved: Resolved, fits: Callable[[int], bool]) -> int:
 def shortage(config: EngineConfig, resolved: Resolved, budget: int, length: int) -> tuple[str, str]:
     """(what does not fit, what to raise). length: the longest that fits."""
     wanted, override = resolved.max_model_len, config.cache.num_gpu_blocks_override
+    if config.executables is not None:
+        fits = f"the KV pages of {config.executables} hold {length} tokens, --max-model-len is {wanted}"
+        return fits, "build the executables again with more pages (--num-gpu-blocks-override)"
     if override is not None:
         need = max(pages_of(resolved, wanted))
         fits = f"{override} pages of KV cache hold {length} tokens, --max-model-len {wanted} needs {need}"

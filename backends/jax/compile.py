@@ -1,4 +1,4 @@
-"""Every program of a runner, compiled before it is ready: lowered and compiled ahead, kept by name, then only called.
+"""Every program of a runner, made before it is ready: compiled or loaded from a bundle, kept by name, then only called.
 
 A name that is not here raises, so nothing can compile while requests are served. XLA compiles without the interpreter
 lock, so a few threads compile at once.
@@ -35,10 +35,11 @@ class Program:
 
 
 class Programs:
-    """Compiled programs by name."""
+    """Programs by name. load: makes one without compiling it; None = all are compiled."""
 
-    def __init__(self, split: Split) -> None:
+    def __init__(self, split: Split, load: Callable[[Program], Any] | None = None) -> None:
         self._whole = split.sharding()
+        self._load = load
         self._compiled: dict[Name, Any] = {}
 
     def __contains__(self, name: Name) -> bool:
@@ -47,21 +48,28 @@ class Programs:
     def __len__(self) -> int:
         return len(self._compiled)
 
+    @property
+    def num_compiles(self) -> int:
+        """Of the programs here, those that were compiled and not loaded."""
+        return len(self._compiled) if self._load is None else 0
+
     def compile(self, programs: Iterable[Program], done: Callable[[int], None]) -> None:
-        """Compile all; done(n) is called in this thread after each."""
+        """Make all; done(n) is called in this thread after each."""
+        make = self._load or self.build
         threads = max(1, min(4, len(os.sched_getaffinity(0))))
         with ThreadPoolExecutor(threads) as pool:
             jobs = []
             for program in programs:
                 check(program.name not in self._compiled, f"{program.name} is compiled twice")
-                jobs.append((program.name, pool.submit(self.build, program)))
+                jobs.append((program.name, pool.submit(make, program)))
             for count, (name, job) in enumerate(jobs):
                 self._compiled[name] = job.result()
                 done(count + 1)
 
     def build(self, program: Program) -> Any:
+        """Compiled with every argument kept, used or not: a bundle passes them by number."""
         outs = self._whole if program.outs is None else program.outs
-        jitted = jax.jit(program.function, donate_argnums=program.donate, out_shardings=outs)
+        jitted = jax.jit(program.function, donate_argnums=program.donate, out_shardings=outs, keep_unused=True)
         args = jax.tree_util.tree_map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or self._whole),
             program.args,
@@ -71,7 +79,7 @@ class Programs:
     def __getitem__(self, name: Name) -> Callable[..., Any]:
         program = self._compiled.get(name)
         if program is None:
-            fail(f"no program {name}: it was not compiled at warm-up")
+            fail(f"no program {name}: it was not made at warm-up")
         return program
 
     def temp_bytes(self, name: Name) -> int:

@@ -6,6 +6,7 @@ step can have), one sampling program a row count, and a handful of updates. Lett
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -45,12 +46,21 @@ def score_rows(vocab_size: int) -> int:
 
 
 class ProgramSet:
-    def __init__(self, config: RunnerConfig, layout: CacheLayout, params: dict[str, Any], split: Split) -> None:
+    """params: arrays, or their shapes where programs are only listed. load: see Programs."""
+
+    def __init__(
+        self,
+        config: RunnerConfig,
+        layout: CacheLayout,
+        params: dict[str, Any],
+        split: Split,
+        load: Callable[[Program], Any] | None = None,
+    ) -> None:
         self.layout = layout
         self._config = config
         self._params = params
         self._split = split
-        self._compiled = Programs(split)
+        self._compiled = Programs(split, load)
         on_cpu = split.platform == "cpu"
         self._least = dispatch.least_rows(split.platform, config.dtype)
         self._traits = Traits(
@@ -67,8 +77,9 @@ class ProgramSet:
         }
         self._no_mask: dict[int, jax.Array] = {}
 
-    def __len__(self) -> int:
-        return len(self._compiled)
+    @property
+    def num_compiles(self) -> int:
+        return self._compiled.num_compiles
 
     @staticmethod
     def workspace_bytes(config: RunnerConfig) -> int:
@@ -106,23 +117,34 @@ class ProgramSet:
 
     def fresh_state(self) -> DeviceState:
         """Empty pages and tables, made on the device: memory that was handed over from the host cannot be donated."""
-        name: Name = ("fresh",)
-        caches = cache_shapes(self.layout, self._split)
-        shapes, whole = (caches, *self._table_shapes()), self._split.sharding()
-        if name not in self._compiled:
-            program = Program(
-                name,
-                lambda: jax.tree_util.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
-                (),
-                outs=([cache.sharding for cache in caches], whole, whole),
-            )
+        program = self._fresh_program()
+        if program.name not in self._compiled:
             self._compiled.compile([program], lambda done: None)
-        return DeviceState(*self._compiled[name]())
+        return DeviceState(*self._compiled[program.name]())
+
+    def _fresh_program(self) -> Program:
+        caches, whole = cache_shapes(self.layout, self._split), self._split.sharding()
+        shapes = (caches, *self._table_shapes())
+        return Program(
+            ("fresh",),
+            lambda: jax.tree_util.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
+            (),
+            outs=([cache.sharding for cache in caches], whole, whole),
+        )
 
     # compiling
 
+    def programs(self) -> list[Program]:
+        """All that a runner of this configuration may call."""
+        return [
+            self._fresh_program(),
+            *self._forward_programs(),
+            *self._sample_programs(),
+            *self._update_programs(),
+        ]
+
     def compile(self, progress: Progress) -> None:
-        programs = [*self._forward_programs(), *self._sample_programs(), *self._update_programs()]
+        programs = [program for program in self.programs() if program.name not in self._compiled]
         self._compiled.compile(programs, lambda done: progress("warm_up", done, len(programs)))
         words = -(-self._config.arch.vocab_size // 32)
         for packer in self._packers.values():

@@ -27,6 +27,7 @@ class Split:
     """devices: those that share every layer, at least one."""
 
     def __init__(self, devices: Sequence[jax.Device]) -> None:
+        self.devices = tuple(devices)
         self.device = devices[0]
         self.platform = self.device.platform
         self.size = len(devices)

@@ -6,6 +6,7 @@ named, [out, in], in the activation dtype. Called by the runner's load.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from backends.jax.mesh import stacks_layers
 from backends.jax.split import Split, param_spec, rank_rows
-from backends.jax.stacks import Store
+from backends.jax.stacks import Store, abstract
 from engine.errors import check
 from engine.specs.arch import ArchSpec
 from engine.specs.weights import ParamSpec, RawTensor, from_float32, param_table, to_float32
@@ -72,6 +73,11 @@ def stored_shapes(arch: ArchSpec, dtype: str, split: Split) -> dict[str, jax.Sha
     return found
 
 
+def param_shapes(arch: ArchSpec, dtype: str, split: Split) -> dict[str, Any]:
+    """What load_params gives, as shapes and dtypes."""
+    return abstract(arch, stored_shapes(arch, dtype, split), split, stacks_layers(split.platform))
+
+
 def load_params(
     arch: ArchSpec, stream: Iterator[tuple[ParamSpec, RawTensor]], dtype: str, split: Split
 ) -> dict[str, Any]:
@@ -108,6 +114,6 @@ def convert(tensor: RawTensor, dtype: str) -> NDArray[Any]:
 
 
 def param_bytes(params: dict[str, Any]) -> int:
-    """On one device."""
-    shards = [leaf.addressable_shards[0].data for leaf in jax.tree_util.tree_leaves(params)]
-    return sum(shard.nbytes for shard in shards)
+    """Of arrays or of shapes, on one device."""
+    leaves = jax.tree_util.tree_leaves(params)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)

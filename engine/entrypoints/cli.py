@@ -23,6 +23,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Show a checkpoint's layers, parameters, shards, cache groups and bytes.",
     ),
     "convert": ("convert_checkpoint_command", "Write a checkpoint in a form that loads straight into sharded arrays."),
+    "compile": (
+        "compile_ahead_command",
+        "Compile a model's programs ahead, for serve --executables; no weights needed.",
+    ),
     "bench latency": ("bench_latency_command", "Time of one batch, offline."),
     "bench throughput": ("bench_throughput_command", "Tokens per second of many prompts, offline."),
     "bench serve": ("bench_serve_command", "Latencies and throughput of a running server under load."),

@@ -45,6 +45,7 @@ HELP: dict[str, str] = {
     "attention_backend": "Attention of prompts too long for captured steps on a GPU: ours (TRITON_ATTN, auto) or "
     "FlashInfer's, if installed; decode and short prompts always take ours.",
     "batch_invariant": "Bitwise the same tokens and logprobs alone and in any batch, chunked or cached; slower.",
+    "executables": "Load programs from this folder of twinfer compile instead of compiling them; jax backend.",
     "log_stats": "Log throughput and cache use now and then.",
     # server
     "host": "Address to listen on. Others than loopback need --api-key or --insecure-no-auth.",

@@ -1,0 +1,57 @@
+"""The body of `twinfer compile` on the JAX side: every program of a runner compiled from shapes alone, into a bundle.
+
+No weights are read and no step runs. The target is a device of this process, or a TPU slice that is
+not here: libtpu compiles for it without one. Called by engine/entrypoints/compile_command.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from backends.jax import compile_cache, mesh
+from backends.jax.aot import serialise
+from backends.jax.compile import Programs
+from backends.jax.key import key_of
+from backends.jax.programs import ProgramSet
+from backends.jax.weights import param_bytes, param_shapes
+from engine.runner import Built, DeviceInfo, Progress, RunnerConfig
+from engine.specs.cache import CacheLayout
+from engine.specs.executables import write
+
+
+class Builder:
+    """engine/runner.py's ExecutableBuilder."""
+
+    def describe(self, device: str, tpu: str | None) -> DeviceInfo:
+        if tpu is None:
+            self._target = mesh.local(device)
+        else:
+            self._target = mesh.absent_tpu(tpu)
+        return mesh.describe(self._target)
+
+    def configure(self, config: RunnerConfig) -> None:
+        self._split = self._target.split(config.tensor_size)
+        mesh.keep_float32_exact(self._split.device, config.dtype)
+        self._config, self._params = config, param_shapes(config.arch, config.dtype, self._split)
+
+    def cache_budget_bytes(self) -> int:
+        """As a runner's, with the weights counted as if they were there."""
+        total, free = self._target.memory()
+        taken = param_bytes(self._params) + ProgramSet.workspace_bytes(self._config)
+        if self._target.platform == "cpu":
+            return max(0, (free - taken) // mesh.HOST_SHARE // self._split.size)
+        return max(0, total - taken)
+
+    def build(self, layout: CacheLayout, folder: Path, progress: Progress) -> Built:
+        programs = ProgramSet(self._config, layout, self._params, self._split).programs()
+        made = Programs(self._split)
+        with compile_cache.disabled():
+            made.compile(programs, lambda done: progress("programs", done, len(programs)))
+        manifest = write(
+            folder,
+            key_of(self._config, self._split),
+            tuple(pool.num_pages for pool in layout.pools),
+            (serialise(program, made[program.name]) for program in programs),
+        )
+        sizes = [entry.size for entry in manifest.programs.values()]
+        return Built(num_programs=len(sizes), num_bytes=sum(sizes), key=manifest.key)
