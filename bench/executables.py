@@ -51,7 +51,7 @@ def starts(rounds: int, bundle: str) -> dict[str, list[list[float]]]:
 
 
 def calls(bundle: Path) -> dict[str, float]:
-    """Microseconds until a call of the one-row forward program returns: the tenth percentile of CALLS each, in turns."""
+    """Microseconds until a call of the one-row forward program returns: tenth percentile of CALLS each, in turns."""
     import jax
     import numpy as np
 
