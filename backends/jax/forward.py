@@ -42,6 +42,15 @@ class Traits:
     ranks: int = 1  # devices that share every layer
 
 
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A mesh, and how params and caches lie on it: a PartitionSpec for each array."""
+
+    mesh: Mesh
+    params: Any
+    caches: Any
+
+
 def places(layout: CacheLayout) -> tuple[tuple[int, int, int], ...]:
     """Per layer (group, pool, index of the layer within its group)."""
     found = {
@@ -60,14 +69,10 @@ def split_forward(
     *,
     traits: Traits,
     shape: Shape,
-    mesh: Mesh,
-    specs: tuple[Any, Any],
+    spread: Spread,
 ) -> tuple[list[Array], Rows, Array, Array, Array]:
-    """`forward` on every device of a mesh, each with its part of params and caches. Logits stay split by vocabulary.
-
-    specs: of params and of caches.
-    """
-    whole, held = PartitionSpec(), specs[1]
+    """`forward` on every device of a mesh, each with its part of params and caches. Logits stay split by vocabulary."""
+    whole = PartitionSpec()
 
     def of_rank(params: dict[str, Any], caches: list[Array], rows: Rows, packed: Array) -> Any:
         with split_over(AXIS):
@@ -75,9 +80,9 @@ def split_forward(
 
     return jax.shard_map(
         of_rank,
-        mesh=mesh,
-        in_specs=(specs[0], held, whole, whole),
-        out_specs=(held, whole, PartitionSpec(None, AXIS), whole, whole),
+        mesh=spread.mesh,
+        in_specs=(spread.params, spread.caches, whole, whole),
+        out_specs=(spread.caches, whole, PartitionSpec(None, AXIS), whole, whole),
         check_vma=False,
     )(params, caches, rows, packed)
 

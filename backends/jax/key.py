@@ -22,6 +22,7 @@ from pallas_kernels import cpu_library
 
 SHAPING = {
     "dtype": "--dtype",
+    "tensor_size": "--tensor-parallel-size",
     "kv_dtype": "--kv-cache-dtype",
     "max_slots": "--max-num-seqs",
     "max_model_len": "--max-model-len",
@@ -47,7 +48,6 @@ def key_of(config: RunnerConfig, split: Split) -> dict[str, str]:
     key = {
         "platform": split.platform,
         "device": split.device.device_kind,
-        "mesh": f"{split.size} devices",
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
         "runtime": runtime_of(split),

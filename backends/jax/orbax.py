@@ -17,7 +17,6 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 
-from backends.jax.mesh import stacks_layers
 from backends.jax.split import Split
 from backends.jax.stacks import Store
 from backends.jax.weights import storage
@@ -87,7 +86,7 @@ def load(path: Path, arch: ArchSpec, dtype: str, split: Split, progress: Progres
     places = storage(arch)
     sharding = split.sharding()
     rows: dict[str, list[tuple[int, jax.Array]]] = {}
-    store = Store(arch, split, stacks_layers(split.platform))
+    store = Store(arch, split)
     for param, array in read_params(path, arch, lambda _: sharding, progress):
         place = places[param.name]
         parts = rows.setdefault(place.name, [])

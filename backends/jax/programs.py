@@ -20,7 +20,7 @@ from backends.jax import sample, tables, updates
 from backends.jax.batch import Packer, Shape, packed_size
 from backends.jax.cache import COPIES, cache_shapes, copy_pages
 from backends.jax.compile import Name, Program, Programs
-from backends.jax.forward import HEAD_ROWS, Traits, forward, make_decoder, split_forward
+from backends.jax.forward import HEAD_ROWS, Spread, Traits, forward, make_decoder, split_forward
 from backends.jax.split import AXIS, Split, specs_of
 from engine.runner import Progress, RunnerConfig
 from engine.specs.cache import CacheLayout
@@ -175,8 +175,8 @@ class ProgramSet:
     def _forward(self, shape: Shape, caches: list[jax.ShapeDtypeStruct]) -> Any:
         if self._split.size == 1:
             return partial(forward, traits=self._traits, shape=shape)
-        specs, mesh = (specs_of(self._params), specs_of(caches)), self._split.mesh
-        return partial(split_forward, traits=self._traits, shape=shape, mesh=mesh, specs=specs)
+        spread = Spread(self._split.mesh, specs_of(self._params), specs_of(caches))
+        return partial(split_forward, traits=self._traits, shape=shape, spread=spread)
 
     def _logits(self, rows: int = 1) -> jax.ShapeDtypeStruct:
         """f32 [S, V], the vocabulary split over the devices and padded to equal parts."""

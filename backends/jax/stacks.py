@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from backends.jax.mesh import stacks_layers
 from backends.jax.split import Split
 from engine.errors import check
 from engine.specs.arch import ArchSpec
@@ -21,12 +22,12 @@ from engine.specs.arch import ArchSpec
 class Store:
     """Takes stored parameters by name ("layers.3.qkv"), gives the tree that jax_models takes."""
 
-    def __init__(self, arch: ArchSpec, split: Split, stacked: bool) -> None:
+    def __init__(self, arch: ArchSpec, split: Split) -> None:
         self._arch = arch
         self._split = split
         self._flat: dict[str, Any] = {}
         self._fill: dict[str, Any] = {}
-        self._stacks = stack_places(arch) if stacked else {}
+        self._stacks = stack_places(arch) if stacks_layers(split.platform) else {}
         self._names: set[str] = set()
 
     def put(self, name: str, numbers: Any, spec: PartitionSpec) -> None:
@@ -91,9 +92,9 @@ def tree(arch: ArchSpec, flat: dict[str, Any]) -> dict[str, Any]:
     return params
 
 
-def abstract(arch: ArchSpec, shapes: dict[str, jax.ShapeDtypeStruct], split: Split, stacked: bool) -> dict[str, Any]:
+def abstract(arch: ArchSpec, shapes: dict[str, jax.ShapeDtypeStruct], split: Split) -> dict[str, Any]:
     """The tree of a Store as shapes, for programs compiled before weights are there. shapes: by stored name."""
-    if not stacked:
+    if not stacks_layers(split.platform):
         return tree(arch, shapes)
     places, flat = stack_places(arch), {}
     for name, shape in shapes.items():

@@ -18,7 +18,6 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from numpy.typing import NDArray
 
-from backends.jax.mesh import stacks_layers
 from backends.jax.split import Split, param_spec, rank_rows
 from backends.jax.stacks import Store, abstract
 from engine.errors import check
@@ -75,7 +74,7 @@ def stored_shapes(arch: ArchSpec, dtype: str, split: Split) -> dict[str, jax.Sha
 
 def param_shapes(arch: ArchSpec, dtype: str, split: Split) -> dict[str, Any]:
     """What load_params gives, as shapes and dtypes."""
-    return abstract(arch, stored_shapes(arch, dtype, split), split, stacks_layers(split.platform))
+    return abstract(arch, stored_shapes(arch, dtype, split), split)
 
 
 def load_params(
@@ -85,7 +84,7 @@ def load_params(
     places = storage(arch, split.size)
     waiting = Counter(place.name for place in places.values())
     partial: dict[str, NDArray[Any]] = {}
-    store = Store(arch, split, stacks_layers(split.platform))
+    store = Store(arch, split)
     for param, tensor in stream:
         place, pieces = places[param.name], rank_rows(param, split.size)
         numbers = convert(tensor, dtype)

@@ -9,7 +9,7 @@ import json
 import sys
 from dataclasses import replace
 
-from backends.jax import weights
+from backends.jax import stacks
 from backends.jax.runner import Runner
 from engine.specs.arch import ArchSpec
 from pallas_kernels import dispatch
@@ -44,7 +44,7 @@ def run(size: int) -> list[object]:
 def main() -> None:
     if sys.argv[1] == "scanned":
         dispatch.choose_kernel = lambda platform, head_size: "plain"
-        weights.stacks_layers = lambda platform: True
+        stacks.stacks_layers = lambda platform: True
     print(json.dumps({size: run(int(size)) for size in sys.argv[2:]}))
 
 

@@ -279,6 +279,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "--kv-cache-dtype": {"kv_dtype": "bfloat16"},
     "--max-num-seqs": {"max_slots": 4},
     "--max-model-len": {"max_model_len": 64},
+    "--tensor-parallel-size": {"tensor_size": 2},
     "--block-size": {"page_tokens": (32,)},
     "--max-num-batched-tokens": {"token_buckets": (2, 8)},
     "row buckets": {"row_buckets": (1, 2)},
@@ -361,7 +362,7 @@ def load_all(folder: Path) -> None:
     config, target = runner_config(), cpu()
     pages = layout(cache_groups(config.arch), num_pages=64)
     opened = Bundle.open(folder, config, target)
-    for program in ProgramSet(config, pages, param_shapes(config.arch, "float32"), target).programs():
+    for program in ProgramSet(config, pages, param_shapes(config.arch, "float32", target), target).programs():
         opened.load(program)
 
 
@@ -466,5 +467,5 @@ def test_trees_come_back() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_shapes_of_parameters_are_those_of_the_arrays(dtype: str) -> None:
     arch = llama(windows=(8, None))
-    arrays, shapes = load_params(arch, dummy_params(arch, 0), dtype, cpu().device), param_shapes(arch, dtype)
+    arrays, shapes = load_params(arch, dummy_params(arch, 0), dtype, cpu()), param_shapes(arch, dtype, cpu())
     assert describe(arrays) == describe(shapes)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from backends.jax import weights
+from backends.jax import stacks
 from backends.jax.runner import Runner
 from engine.runner import ModelRunner
 from pallas_kernels import dispatch
@@ -19,7 +19,7 @@ from tests.backends.driver import Driver, llama
 def as_on_a_tpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "choose_kernel", lambda platform, head_size: "tpu_interpreted")
-        patch.setattr(weights, "stacks_layers", lambda platform: True)
+        patch.setattr(stacks, "stacks_layers", lambda platform: True)
         patch.setattr(driver, "PAGE", 128)
         yield
 
