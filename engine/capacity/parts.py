@@ -1,0 +1,177 @@
+"""Bytes of one device by purpose, KV pages left out, from config.json and a chip's data sheet alone.
+
+Weights are exact: those of the ParamSpec table as a rank holds them. The rest is estimated. On a TPU it is what
+backends/jax itself takes off before it makes pages (ProgramSet.workspace_bytes); on a GPU the largest terms of
+backends/torch/memory.py, whose plan at start-up has the last word. Tests hold the three together. Used by plan.py.
+Letters: T tokens of a step · S rows · D width · F ffn width · N query heads · K KV heads · H head size · V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from math import prod
+
+from engine.runner import Capability, DeviceInfo, RunnerConfig
+from engine.specs.arch import ArchSpec, LayerSpec
+from engine.specs.cache import cache_groups
+from engine.specs.chips import Chip
+from engine.specs.parallel import shard_shape
+from engine.specs.quant import stored_sizes
+from engine.specs.weights import DTYPE_BYTES, param_table
+
+MIB = 1 << 20
+CONTEXT_BYTES = 523 * MIB  # of a process on a GPU before anything is planned, measured on an H200
+QUANTIZATION = ("fp8", "compressed-tensors", "awq", "gptq")
+BACKENDS = {"tpu": "jax", "gpu": "torch"}
+
+# backends/jax/programs.py
+JAX_SCORE_BYTES = 64 * MIB
+JAX_ROW_BYTES = 24_000  # page table and sampling columns of a row, without those of V entries
+# backends/torch/{eager,gpu_sample,memory}.py
+TORCH_SCORE_BYTES, PIECE_BYTES, SAMPLER_COPIES, LIBRARY_BYTES = 256 * MIB, 64 * MIB, 8, 384 * MIB
+SMALL_BYTES, BLOCK_BYTES = MIB, 2 * MIB  # torch's allocator: larger tensors take whole blocks
+MIXED_TOKENS = 1024  # most tokens of a captured step with prompts
+SCRATCH_BYTES = 192 * MIB  # partial sums, lists of attention's work, rounding of the allocator
+
+
+def device_info(chip: Chip) -> DeviceInfo:
+    """What the backend of that chip says of a device with nothing on it."""
+    if chip.kind == "tpu":
+        return DeviceInfo(
+            kind="tpu",
+            name=chip.product,
+            memory_bytes=chip.memory_bytes,
+            free_bytes=chip.memory_bytes,
+            capabilities=frozenset({Capability.LATE_MASK, Capability.PROMPT_LOGPROBS}),
+            page_tokens=128,
+            default_dtype="bfloat16",
+        )
+    return DeviceInfo(
+        kind="gpu",
+        name=chip.product,
+        memory_bytes=chip.memory_bytes,
+        free_bytes=chip.memory_bytes - CONTEXT_BYTES,
+        capabilities=frozenset({Capability.LATE_MASK, Capability.PROMPT_LOGPROBS, Capability.BATCH_INVARIANT}),
+        default_dtype="bfloat16",
+        supported_dtypes=("float32", "bfloat16", "float16"),
+        kv_dtypes=("fp8_e4m3",) if "fp8" in chip.flops else (),
+        attention_backends=("TRITON_ATTN",),
+        quantization=QUANTIZATION,
+        bucket_style="exact",
+    )
+
+
+def weight_sizes(arch: ArchSpec, ranks: int, dtype: str, kind: str) -> dict[str, int]:
+    """Bytes of each weight on rank 0, which holds no fewer than any other. Raises ConfigError where a cut cannot be.
+
+    KV heads of which there are fewer than ranks, norms and biases of outputs are whole; rows of the vocabulary are
+    rounded up.
+    """
+    item = DTYPE_BYTES[dtype]
+    quants = {}
+    for param in param_table(arch):
+        shard_shape(param, ranks, 0)  # groups of inputs may not be cut
+        if param.quant is not None:
+            quants[param.weight] = param.quant
+    sizes = {}
+    for param in param_table(replace(arch, quant=None)):
+        shape = shard_shape(param, ranks, 0)
+        quant = quants.get(param.name)
+        if quant is None:
+            norm = kind == "gpu" and param.name.endswith("norm")  # kept in f32
+            sizes[param.name] = prod(shape) * (4 if norm else item)
+            continue
+        if quant.act_order:  # any input may be of any group, so a rank has them all
+            quant = replace(quant, group=(quant.group or param.shape[1]) * shape[1] // param.shape[1])
+        sizes[param.name] = sum(stored_sizes(quant, shape[0], shape[1], item))
+    return sizes
+
+
+def parts(config: RunnerConfig, sizes: Iterable[int], kind: str) -> dict[str, int]:
+    """Bytes by purpose. config: of a rank (specs/parallel.rank_arch); sizes: of its weights, one by one."""
+    weights = list(sizes)
+    rest = tpu_parts(config) if kind == "tpu" else gpu_parts(config)
+    if kind == "gpu":
+        rest["reserve"] += sum(-size % BLOCK_BYTES for size in weights if size > SMALL_BYTES)
+    return {"weights": sum(weights), **rest}
+
+
+def tpu_parts(config: RunnerConfig) -> dict[str, int]:
+    """ProgramSet.workspace_bytes, part by part: an upper estimate."""
+    arch, rows, tokens = config.arch, max(config.row_buckets), max(config.token_buckets)
+    widest = max(
+        8 * arch.hidden_size
+        + 6 * layer.ffn.size
+        + 4 * (layer.mixer.num_heads + 2 * layer.mixer.num_kv_heads) * layer.mixer.head_size
+        for layer in arch.layers
+    )
+    slots, vocab = config.max_slots + 1, arch.vocab_size
+    return {
+        "activations": 4 * tokens * widest,
+        "logits_and_sampling": 24 * rows * vocab + JAX_SCORE_BYTES,
+        "tables": slots * (4 * vocab + vocab // 8 + JAX_ROW_BYTES),
+        "reserve": 0,
+    }
+
+
+def gpu_parts(config: RunnerConfig) -> dict[str, int]:
+    """The largest terms of backends/torch/memory.plan, for the kernels that --attention-backend auto takes.
+
+    activations: of the largest step, and of the captured ones. logits_and_sampling: logits of two steps and of the
+    captured ones, what sampling and scoring need beyond the activations, and what requests may ask for (penalties,
+    biases, late masks). tables: page tables, stop ids.
+    """
+    arch, item = config.arch, DTYPE_BYTES[config.dtype]
+    tokens, vocab, width = config.max_batched_tokens, arch.vocab_size, arch.hidden_size
+    rows, slots = min(config.max_slots, tokens), config.max_slots + 1
+    logits = 4 * rows * vocab
+    in_layers = layers_bytes(config, tokens) + product_bytes(arch, item, tokens)
+    at_logits = (tokens + 2 * rows) * width * item + logits + logits // 16
+    scored = min(TORCH_SCORE_BYTES, 4 * tokens * vocab)
+    at_scores = tokens * width * item + logits + scored + scored // 16
+    captured = min(tokens, max(rows, MIXED_TOKENS))
+    graphs = layers_bytes(config, captured) + product_bytes(arch, item, captured) + captured * width * item
+    before = (config.max_in_flight - 1) * logits
+    on_demand = 9 * slots * vocab + SAMPLER_COPIES * min(PIECE_BYTES, logits) + config.max_in_flight * rows * vocab
+    pages = sum(-(-config.max_model_len // page) for page in config.page_tokens)
+    return {
+        "activations": in_layers + graphs + SCRATCH_BYTES,
+        "logits_and_sampling": before + logits + max(0, at_logits - in_layers, at_scores - in_layers) + on_demand,
+        "tables": slots * (4 * pages + 8 * config.sampler_limits.max_stop_ids + 72),
+        "reserve": LIBRARY_BYTES,
+    }
+
+
+def layers_bytes(config: RunnerConfig, tokens: int) -> int:
+    """One layer after another: the most of its tensors that are alive at once, and what says where its tokens are."""
+    arch, item = config.arch, DTYPE_BYTES[config.dtype]
+    ropes = {layer.mixer.rope for layer in arch.layers if layer.mixer.rope is not None}
+    indexes = 4 * sum(rope.rotary_size for rope in ropes) + 8 * (12 + 3 * len(cache_groups(arch)))
+    return tokens * (item * max(layer_values(layer, arch.hidden_size) for layer in arch.layers) + indexes)
+
+
+def layer_values(layer: LayerSpec, width: int) -> int:
+    """Of one token: residuals, q, k, v and outputs, beside the halves of the ffn or the attention's."""
+    mixer, inner = layer.mixer, layer.ffn.size
+    heads = mixer.num_heads * mixer.head_size
+    qkv = heads + 2 * mixer.num_kv_heads * mixer.head_size
+    return max(width + qkv + 2 * heads, 3 * width + qkv + heads + 2 * inner + max(width, inner))
+
+
+def product_bytes(arch: ArchSpec, item: int, tokens: int) -> int:
+    """Of a weight in few bits, beside inputs and result: rounded inputs, outputs of its parts, plain numbers of it."""
+    if arch.quant is None:
+        return 0
+    quants = {param.weight: param.quant for param in param_table(arch) if param.quant is not None}
+    most = 0
+    for param in param_table(replace(arch, quant=None)):
+        quant = quants.get(param.name)
+        if quant is None:
+            continue
+        rows, inner = param.shape
+        fused = rows * {"q": 3, "gate": 2, "up": 2}.get(param.name.rpartition(".")[2], 1)  # stored together
+        apart = quant.act_order or quant.per == "block" or len(arch.quant.rules) > 1
+        turned = quant.act == "none"  # into plain numbers
+        most = max(most, tokens * (inner + apart * fused) * item + turned * fused * inner * item)
+    return most
