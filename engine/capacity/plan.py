@@ -28,7 +28,7 @@ from engine.runner import DeviceInfo
 from engine.specs.arch import ArchSpec
 from engine.specs.cache import CacheLayout, GroupKind
 from engine.specs.chips import Slice
-from engine.specs.parallel import rank_arch
+from engine.specs.parallel import check_parallel, rank_arch
 
 USUAL_CONTEXT = 4096  # tokens of a request where nobody says how many
 
@@ -104,8 +104,32 @@ class Plan:
 
 def make_plan(arch: ArchSpec, ask: Ask) -> Plan:
     """Raises ConfigError for what no chip would take: sizes that do not divide, unknown types, lengths too long."""
+    check_split(arch, ask)
     plan = measure(arch, ask)
     return fill(arch, plan) if plan.fits else plan
+
+
+def check_split(arch: ArchSpec, ask: Ask) -> None:
+    """Raises ConfigError, with a split that can be where none was asked for."""
+    ranks, copies = ask.split()
+    try:
+        check_parallel(arch, ranks)
+    except ConfigError as error:
+        if ask.ranks is not None:
+            raise
+        fewer = next(size for size in range(ranks - 1, 0, -1) if ranks % size == 0 and can_split(arch, size))
+        raise ConfigError(
+            f"{error}; for the {ask.slice.num_devices} devices of {ask.slice.text} give --tensor-parallel-size {fewer} "
+            f"--data-parallel-size {ranks // fewer * copies}"
+        ) from None
+
+
+def can_split(arch: ArchSpec, ranks: int) -> bool:
+    try:
+        check_parallel(arch, ranks)
+    except ConfigError:
+        return False
+    return True
 
 
 def measure(arch: ArchSpec, ask: Ask) -> Plan:
@@ -156,25 +180,36 @@ def fill(arch: ArchSpec, plan: Plan) -> Plan:
     layout, length, notes = plan_cache(config, resolved, plan.usable_bytes - plan.needed_bytes)
     largest = length
     if resolved.max_model_len_given:
-        free = replace(ask, config=replace(config, model=replace(config.model, max_model_len=None)))
-        unbound = measure(arch, free)
-        budget = unbound.usable_bytes - unbound.needed_bytes
-        largest = plan_cache(free.config, unbound.resolved, budget)[1] if unbound.fits else length
+        unbound = measure(arch, with_length(ask, None))
+        if unbound.fits:
+            budget = unbound.usable_bytes - unbound.needed_bytes
+            largest = max(length, plan_cache(config, unbound.resolved, budget)[1])
     context = ask.context or (length if resolved.max_model_len_given else min(length, USUAL_CONTEXT))
     if not 1 <= context <= length:
         raise ConfigError(f"--context: {context} is not accepted; expected 1 .. {length}, the longest request here")
     batch = batch_of(resolved, layout, context)
+    if len(layout.pools) > 1 and context < length:
+        # pools are cut for requests of the whole length, which hold fewer pages of a window than their share
+        shorter = measure(arch, with_length(ask, context))
+        cut = plan_cache(config, shorter.resolved, shorter.usable_bytes - shorter.needed_bytes)[0]
+        if (more := batch_of(shorter.resolved, cut, context)) > batch:
+            notes = (*notes, f"with --max-model-len {context} the largest batch is {more}: pages are divided for it")
     return replace(
         plan,
         notes=(*plan.notes, *notes),
         kv_cache_bytes=sum(pool.num_pages * pool.page_bytes for pool in layout.pools),
         max_model_len=length,
-        largest_context=max(largest, length),
+        largest_context=largest,
         kv_tokens=kv_tokens(layout),
         context=context,
         largest_batch=batch,
         floors=floors(plan, batch, context, length),
     )
+
+
+def with_length(ask: Ask, length: int | None) -> Ask:
+    """length: --max-model-len, None = not given."""
+    return replace(ask, config=replace(ask.config, model=replace(ask.config.model, max_model_len=length)))
 
 
 def batch_of(resolved: Resolved, layout: CacheLayout, context: int) -> int:

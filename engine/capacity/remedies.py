@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from engine.capacity.plan import Ask, Plan, measure
+from engine.capacity.plan import Ask, Plan, measure, with_length
 from engine.config import CacheConfig, ScheduleConfig
 from engine.errors import ConfigError
 from engine.memory import halves
@@ -90,16 +90,19 @@ def devices(arch: ArchSpec, plan: Plan) -> Iterator[tuple[str, Ask]]:
         ranks = ask.slice.num_devices // plan.copies
         yield f"--tensor-parallel-size {ranks}", replace(ask, ranks=ranks)
     if plan.copies > 1:
-        yield "--data-parallel-size 1", replace(ask, ranks=None, copies=1)
+        given = "" if ask.ranks is None else f" --tensor-parallel-size {ask.slice.num_devices}"
+        yield f"--data-parallel-size 1{given}", replace(ask, ranks=ask.slice.num_devices, copies=1)
     chips = chips_of_kind(ask.slice.chip.kind)
     for chip in sorted(chips, key=lambda chip: chip is not ask.slice.chip):
         for topology in chip.topologies:
             other = Slice(chip=chip, topology=topology)
             if chip is ask.slice.chip and other.num_chips <= ask.slice.num_chips:
                 continue
-            changed = replace(ask, slice=other, ranks=None)
+            ranks = other.num_devices // plan.copies
+            changed = replace(ask, slice=other, ranks=ranks)
             if fits(arch, changed):
-                yield f"--{chip.kind} {other.text}", changed
+                given = "" if ask.ranks is None else f" --tensor-parallel-size {ranks}"
+                yield f"--{chip.kind} {other.text}{given}", changed
                 break
 
 
@@ -111,11 +114,6 @@ def bits(plan: Plan) -> Iterator[tuple[str, Ask]]:
         yield "--quantization fp8", replace(ask, config=replace(ask.config, model=model))
     if runner.kv_dtype != "fp8_e4m3":
         yield "--kv-cache-dtype fp8", with_cache(ask, replace(ask.config.cache, kv_cache_dtype="fp8"))
-
-
-def with_length(ask: Ask, length: int) -> Ask:
-    config = replace(ask.config, model=replace(ask.config.model, max_model_len=length))
-    return replace(ask, config=config)
 
 
 def with_cache(ask: Ask, cache: CacheConfig) -> Ask:

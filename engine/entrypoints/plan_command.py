@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 
 from engine.capacity.plan import Ask, make_plan
 from engine.capacity.remedies import remedies
@@ -36,10 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens of each request for the largest batch and the floors [--max-model-len, or 4096]",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    add_flags(parser, [flag for flag in engine_flags() if flag.name in FLAGS])
+    flags = [flag for flag in engine_flags() if flag.name in FLAGS]
+    # without --tensor-parallel-size it is all devices, not 1
+    add_flags(parser, [replace(flag, default=None) if flag.group == "parallel" else flag for flag in flags])
     parser.epilog = (
         "Exit status: 0 it fits, 1 it does not, 2 it cannot be planned (an option, or config.json).\n"
-        "Without --tensor-parallel-size every layer is split over all devices of the slice."
+        "Without --tensor-parallel-size every layer is split over all devices of the slice (a TPU7x chip has two),\n"
+        "divided by --data-parallel-size. Figures are those of data sheets: nothing is measured or compiled."
     )
 
 

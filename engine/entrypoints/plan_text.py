@@ -13,7 +13,7 @@ from engine.capacity.floors import Floor
 from engine.capacity.parts import BACKENDS
 from engine.capacity.plan import Plan
 from engine.capacity.remedies import Remedy
-from engine.entrypoints.inspect_command import size_text, table
+from engine.entrypoints.inspect_command import plural, size_text, table
 from engine.specs.weights import num_parameters
 
 PART_TEXTS = {
@@ -96,12 +96,12 @@ def head_lines(model: str, plan: Plan) -> list[str]:
     if plan.copies > 1:
         split += f", {plan.copies} copies"
     idle = chips.num_devices - plan.ranks * plan.copies
-    devices = f"{chips.num_devices} device{'s' * (chips.num_devices > 1)}" + (f", {idle} idle" if idle else "")
-    kept = runner.dtype if quant is None else f"{quant.method} in {runner.dtype}"
+    devices = f"{plural(chips.num_devices, 'device')} of {size_text(chips.chip.memory_bytes)}"
+    kept = runner.dtype if quant is None else f"{quant.method} weights in {runner.dtype}"
     return [
         f"{verdict}: {model} on {chips.text}",
         f"  {plan.arch.family}, {num_parameters(plan.arch):,} parameters, {kept}, KV cache {runner.kv_dtype}",
-        f"  {chips.chip.product}, {devices} of {size_text(chips.chip.memory_bytes)}, {split}, "
+        f"  {chips.chip.product}, {devices}, {f'{idle} idle, ' if idle else ''}{split}, "
         f"--backend {BACKENDS[chips.chip.kind]}",
     ]
 

@@ -61,7 +61,7 @@ CHIPS = (
     ),
     Chip(
         name="v5p", kind="tpu", product="TPU v5p", memory_bytes=int(95.74 * GIB), bandwidth=2.765 * TERA,
-        flops={"bfloat16": 459 * TERA, "int8": 918 * TERA}, link=0.6 * TERA, topologies=CUBES,
+        flops={"bfloat16": 459 * TERA, "int8": 918 * TERA}, link=0.6 * TERA, topologies=CUBES[1:],
         sources=("https://cloud.google.com/tpu/docs/v5p (ICI 1200 GB/s both ways)", SCALING_BOOK, XLA),
     ),
     Chip(
@@ -117,7 +117,7 @@ class Slice:
     @property
     def text(self) -> str:
         """As --tpu and --gpu take it."""
-        return self.chip.name if self.num_chips == 1 else f"{self.chip.name}:{self.topology}"
+        return self.chip.name if self.topology == self.chip.topologies[0] else f"{self.chip.name}:{self.topology}"
 
 
 def chips_of(topology: str) -> int:
@@ -129,13 +129,14 @@ def chips_of_kind(kind: str) -> list[Chip]:
 
 
 def parse_slice(kind: Literal["tpu", "gpu"], text: str) -> Slice:
-    """ "v6e:2x4", "h200:4", a bare name for one chip. Raises ConfigError with the nearest that there is."""
+    """ "v6e:2x4", "h200:4", a bare name for the smallest slice: one chip, of v5p four. Raises ConfigError."""
     name, colon, topology = text.strip().lower().partition(":")
     found = next((chip for chip in CHIPS if chip.name == name), None)
     flag = f"--{kind}"
     if found is None:
         names = [chip.name for chip in chips_of_kind(kind)]
-        near = get_close_matches(re.split(r"[-:]", name)[0], names, n=1, cutoff=0.5)
+        begins = [known for known in names if name and known.startswith(name)]
+        near = accelerator_type(name) or begins or get_close_matches(name, names, n=1, cutoff=0.5)
         did_you_mean = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"{flag}: {text!r} is not known; one of {', '.join(names)}{did_you_mean}")
     if found.kind != kind:
@@ -149,6 +150,16 @@ def parse_slice(kind: Literal["tpu", "gpu"], text: str) -> Slice:
         f"{flag}: {text!r}: {topology!r} is not {'a topology' if kind == 'tpu' else 'a number'} of {found.name}; "
         f"one of {', '.join(found.topologies)}; did you mean {near_one!r}?"
     )
+
+
+def accelerator_type(name: str) -> list[str]:
+    """ "v6e-8" of the TPU API as it is spelt here: chips, of v5p cores, two a chip."""
+    match = re.fullmatch(r"(v5e|v5litepod|v6e|v5p)-(\d{1,4})", name)
+    if match is None:
+        return []
+    known = "v5e" if match[1] == "v5litepod" else match[1]
+    chip = next(chip for chip in CHIPS if chip.name == known)
+    return [nearest_topology(chip, str(int(match[2]) // (2 if known == "v5p" else 1)))]
 
 
 def nearest_topology(chip: Chip, wrong: str) -> str:
