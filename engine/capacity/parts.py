@@ -31,8 +31,11 @@ JAX_ROW_BYTES = 24_000  # page table and sampling columns of a row, without thos
 # backends/torch/{eager,gpu_sample,memory}.py
 TORCH_SCORE_BYTES, PIECE_BYTES, SAMPLER_COPIES, LIBRARY_BYTES = 256 * MIB, 64 * MIB, 8, 384 * MIB
 SMALL_BYTES, BLOCK_BYTES = MIB, 2 * MIB  # torch's allocator: larger tensors take whole blocks
+TORCH_ROW_BYTES = 33_000  # candidates of a row
+FEW_ROWS = 128  # of products that do not add in place
+MOST_PIECES = 132 * 3 * 2  # beyond one a row: of two waves of three programs on each multiprocessor of an H200
 MIXED_TOKENS = 1024  # most tokens of a captured step with prompts
-SCRATCH_BYTES = 192 * MIB  # partial sums, lists of attention's work, rounding of the allocator
+SCRATCH_BYTES = 128 * MIB  # partial sums, lists of attention's work, rounding of the allocator
 
 
 def device_info(chip: Chip) -> DeviceInfo:
@@ -63,7 +66,12 @@ def device_info(chip: Chip) -> DeviceInfo:
 
 
 def weight_sizes(arch: ArchSpec, ranks: int, dtype: str, kind: str) -> dict[str, int]:
-    """Bytes of each weight on rank 0, which holds no fewer than any other. Raises ConfigError where a cut cannot be.
+    """Bytes of each weight on rank 0, see weight_tensors."""
+    return {name: sum(sizes) for name, sizes in weight_tensors(arch, ranks, dtype, kind).items()}
+
+
+def weight_tensors(arch: ArchSpec, ranks: int, dtype: str, kind: str) -> dict[str, list[int]]:
+    """Bytes of the tensors of each weight on rank 0, which holds no fewer than others. Raises ConfigError at bad cuts.
 
     KV heads of which there are fewer than ranks, norms and biases of outputs are whole; rows of the vocabulary are
     rounded up.
@@ -80,17 +88,17 @@ def weight_sizes(arch: ArchSpec, ranks: int, dtype: str, kind: str) -> dict[str,
         quant = quants.get(param.name)
         if quant is None:
             norm = kind == "gpu" and param.name.endswith("norm")  # kept in f32
-            sizes[param.name] = prod(shape) * (4 if norm else item)
+            sizes[param.name] = [prod(shape) * (4 if norm else item)]
             continue
         if quant.act_order:  # any input may be of any group, so a rank has them all
             quant = replace(quant, group=(quant.group or param.shape[1]) * shape[1] // param.shape[1])
-        sizes[param.name] = sum(stored_sizes(quant, shape[0], shape[1], item))
+        sizes[param.name] = stored_sizes(quant, shape[0], shape[1], item)
     return sizes
 
 
-def parts(config: RunnerConfig, sizes: Iterable[int], kind: str) -> dict[str, int]:
-    """Bytes by purpose. config: of a rank (specs/parallel.rank_arch); sizes: of its weights, one by one."""
-    weights = list(sizes)
+def parts(config: RunnerConfig, tensors: Iterable[list[int]], kind: str) -> dict[str, int]:
+    """Bytes by purpose. config: of a rank (specs/parallel.rank_arch); tensors: their sizes, a list a weight."""
+    weights = [size for sizes in tensors for size in sizes]
     rest = tpu_parts(config) if kind == "tpu" else gpu_parts(config)
     if kind == "gpu":
         rest["reserve"] += sum(-size % BLOCK_BYTES for size in weights if size > SMALL_BYTES)
@@ -127,20 +135,34 @@ def gpu_parts(config: RunnerConfig) -> dict[str, int]:
     rows, slots = min(config.max_slots, tokens), config.max_slots + 1
     logits = 4 * rows * vocab
     in_layers = layers_bytes(config, tokens) + product_bytes(arch, item, tokens)
-    at_logits = (tokens + 2 * rows) * width * item + logits + logits // 16
+    sampler, ends = rows * (vocab // 4 + vocab // 100 + TORCH_ROW_BYTES), rows * (vocab // 85 + 12)  # kept of tiles
+    at_logits = (tokens + 2 * rows) * width * item + logits + sampler
     scored = min(TORCH_SCORE_BYTES, 4 * tokens * vocab)
     at_scores = tokens * width * item + logits + scored + scored // 16
     captured = min(tokens, max(rows, MIXED_TOKENS))
-    graphs = layers_bytes(config, captured) + product_bytes(arch, item, captured) + captured * width * item
+    graphs = layers_bytes(config, captured) + product_bytes(arch, item, captured) + (captured + rows) * width * item
     before = (config.max_in_flight - 1) * logits
-    on_demand = 9 * slots * vocab + SAMPLER_COPIES * min(PIECE_BYTES, logits) + config.max_in_flight * rows * vocab
+    more = max(0, at_logits - in_layers, at_scores - in_layers)
     pages = sum(-(-config.max_model_len // page) for page in config.page_tokens)
     return {
-        "activations": in_layers + graphs + SCRATCH_BYTES,
-        "logits_and_sampling": before + logits + max(0, at_logits - in_layers, at_scores - in_layers) + on_demand,
+        "activations": in_layers + graphs + 2 * partial_bytes(arch, rows) + SCRATCH_BYTES,
+        "logits_and_sampling": before + logits + ends + more + on_demand_bytes(config),
         "tables": slots * (4 * pages + 8 * config.sampler_limits.max_stop_ids + 72),
         "reserve": LIBRARY_BYTES,
     }
+
+
+def on_demand_bytes(config: RunnerConfig) -> int:
+    """Biases, allowed ids, counts and bad words of requests that have them; a sampler's copies; late masks."""
+    vocab, slots, limits = config.arch.vocab_size, config.max_slots + 1, config.sampler_limits
+    rows = min(config.max_slots, config.max_batched_tokens)
+    tables = 9 * slots * vocab + 8 * slots * limits.max_bad_words * limits.max_bad_word_len
+    return tables + SAMPLER_COPIES * min(PIECE_BYTES, 4 * rows * vocab) + config.max_in_flight * rows * vocab
+
+
+def partial_bytes(arch: ArchSpec, rows: int) -> int:
+    """Of decode attention, whose pieces of a sequence are added up: a step's and the captured steps' have it each."""
+    return 4 * (rows + MOST_PIECES) * max(layer.mixer.num_heads * (layer.mixer.head_size + 2) for layer in arch.layers)
 
 
 def layers_bytes(config: RunnerConfig, tokens: int) -> int:
@@ -148,15 +170,20 @@ def layers_bytes(config: RunnerConfig, tokens: int) -> int:
     arch, item = config.arch, DTYPE_BYTES[config.dtype]
     ropes = {layer.mixer.rope for layer in arch.layers if layer.mixer.rope is not None}
     indexes = 4 * sum(rope.rotary_size for rope in ropes) + 8 * (12 + 3 * len(cache_groups(arch)))
-    return tokens * (item * max(layer_values(layer, arch.hidden_size) for layer in arch.layers) + indexes)
+    values = max(layer_values(layer, arch.hidden_size, tokens > FEW_ROWS) for layer in arch.layers)
+    return tokens * (item * values + indexes)
 
 
-def layer_values(layer: LayerSpec, width: int) -> int:
-    """Of one token: residuals, q, k, v and outputs, beside the halves of the ffn or the attention's."""
+def layer_values(layer: LayerSpec, width: int, many: bool) -> int:
+    """Of one token: residuals, q, k, v and outputs, beside the halves of the ffn or the attention's.
+
+    many: of tokens; products of few do not add in place.
+    """
     mixer, inner = layer.mixer, layer.ffn.size
     heads = mixer.num_heads * mixer.head_size
     qkv = heads + 2 * mixer.num_kv_heads * mixer.head_size
-    return max(width + qkv + 2 * heads, 3 * width + qkv + heads + 2 * inner + max(width, inner))
+    residual = width if many and not layer.norms.sandwich else 3 * width
+    return max(2 * width + qkv, width + qkv + 2 * heads, residual + qkv + heads + 2 * inner + max(width, inner))
 
 
 def product_bytes(arch: ArchSpec, item: int, tokens: int) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from engine.capacity.floors import Floor, Model, decode_floor, prefill_floor
-from engine.capacity.parts import QUANTIZATION, device_info, parts, weight_sizes
+from engine.capacity.parts import QUANTIZATION, device_info, parts, weight_sizes, weight_tensors
 from engine.config import EngineConfig, ParallelConfig
 from engine.errors import ConfigError
 from engine.memory import least_kv_bytes, usable_bytes
@@ -140,7 +140,7 @@ def measure(arch: ArchSpec, ask: Ask) -> Plan:
     able = replace(device, quantization=QUANTIZATION, kv_dtypes=("fp8_e4m3",))  # what the engine could hold
     resolved = resolve(config, rank_arch(arch, ranks), able)
     whole = replace(arch, quant=resolved.runner.arch.quant)
-    sizes = weight_sizes(whole, ranks, resolved.runner.dtype, device.kind)
+    tensors = weight_tensors(whole, ranks, resolved.runner.dtype, device.kind)
     return Plan(
         ask=ask,
         ranks=ranks,
@@ -148,7 +148,7 @@ def measure(arch: ArchSpec, ask: Ask) -> Plan:
         resolved=resolved,
         arch=whole,
         usable_bytes=usable_bytes(config, device),
-        parts=parts(resolved.runner, sizes.values(), device.kind),
+        parts=parts(resolved.runner, tensors.values(), device.kind),
         least_kv_bytes=least_kv_bytes(resolved),
         refused=refusals(arch, ask, device, resolved.runner.dtype),
         notes=resolved.notes,

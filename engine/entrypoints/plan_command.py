@@ -1,20 +1,12 @@
-"""Arguments of `twinfer plan`, and its two forms: text (plan_text.py) and --json. No framework is imported."""
+"""Arguments of `twinfer plan`; what it does is plan_run.py's."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 
-from engine.capacity.plan import Ask, make_plan
-from engine.capacity.remedies import remedies
-from engine.config import EngineConfig
-from engine.entrypoints.flags import UsageError, add_flags, build_engine_config, engine_flags, human_int, read_values
-from engine.entrypoints.plan_text import as_dict, as_text
-from engine.errors import TwinferError
-from engine.specs.checkpoint import read_config
-from engine.specs.chips import parse_slice
-from engine.specs.families import parse_config
+from engine.entrypoints.flags import UsageError, add_flags, engine_flags, human_int
+from engine.specs.chips import chips_of_kind
 
 FLAGS = {
     "revision", "hf_token", "download_dir", "dtype", "quantization", "max_model_len", "block_size",
@@ -27,9 +19,9 @@ FLAGS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a folder with config.json, or ORG/NAME on the hub ('' = toy)")
     parser.add_argument(
-        "--tpu", metavar="CHIP[:AxB]", help="v5e, v6e, v5p or tpu7x, and a topology: v6e:2x4, v5p:2x2x1"
+        "--tpu", metavar="CHIP[:AxB]", help=f"one of {names('tpu')}, and a topology, such as v6e:2x4 or v5p:2x2x1"
     )
-    parser.add_argument("--gpu", metavar="CHIP[:N]", help="h100, h200, a100-80g or l4, and how many: h200:4")
+    parser.add_argument("--gpu", metavar="CHIP[:N]", help=f"one of {names('gpu')}, and how many, such as h200:4")
     parser.add_argument(
         "--context",
         type=context_tokens,
@@ -47,6 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def names(kind: str) -> str:
+    return ", ".join(chip.name for chip in chips_of_kind(kind))
+
+
 def context_tokens(text: str) -> int:
     try:
         return human_int(text)
@@ -54,36 +50,7 @@ def context_tokens(text: str) -> int:
         raise UsageError(f"--context: {text!r} is not accepted; expected an integer such as 4096, 4k or 4K") from None
 
 
-def read_ask(args: argparse.Namespace, config: EngineConfig) -> Ask:
-    """Raises UsageError unless one of --tpu and --gpu says on what; ConfigError for one that there is not."""
-    if (args.tpu is None) == (args.gpu is None):
-        raise UsageError("give one of --tpu (such as v6e:2x4) and --gpu (such as h200)")
-    chips = parse_slice("tpu", args.tpu) if args.tpu is not None else parse_slice("gpu", args.gpu)
-    return Ask(
-        slice=chips,
-        config=config,
-        ranks=getattr(args, "tensor_parallel_size", None),
-        copies=getattr(args, "data_parallel_size", None),
-        context=args.context,
-    )
-
-
 def run(args: argparse.Namespace) -> int:
-    from engine.frontend.hub import resolve_model  # brings the hub's client, which --help does without
+    from engine.entrypoints.plan_run import run as plan_and_print
 
-    try:
-        values = read_values(args, engine_flags())
-        config = build_engine_config(values)
-        ask = read_ask(args, config)
-        model = config.model
-        path = resolve_model(args.model, model.revision, model.hf_token, model.download_dir, weights=False)
-        arch = parse_config(read_config(path))
-        plan = make_plan(arch, ask)
-        changes = [] if plan.fits else remedies(arch, plan)
-    except TwinferError as error:
-        raise UsageError(str(error)) from error  # 1 says that it does not fit, and nothing else
-    if args.json:
-        print(json.dumps(as_dict(str(path), plan, changes), indent=2))
-    else:
-        print(as_text(str(path), plan, changes), end="")
-    return 0 if plan.fits else 1
+    return plan_and_print(args)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from engine.entrypoints.cli import main
+from engine.specs.chips import CHIPS
 from tests.engine.capacity_models import LLAMA_8B, LLAMA_70B, TINY
 
 Capture = pytest.CaptureFixture[str]
@@ -182,3 +183,18 @@ def test_needs_no_framework_and_two_seconds(folder: Path) -> None:
 def child_seconds() -> float:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
+
+
+def test_the_manual_names_every_key_and_chip(folder: Path, capsys: Capture) -> None:
+    manual = " ".join((Path(__file__).parents[3] / "docs" / "cli.md").read_text().split())
+    described = manual[manual.index("The JSON object:") :]
+    _, found = as_json(folder, capsys, "--tpu", "v6e")
+    for name in found:
+        assert f"`{name}`" in described, name
+    for name in (*found["chip"], *found["parts"], *found["floors"][0], "change", "served"):
+        assert name in described, name
+    chips = manual[manual.index("| chip | memory of a device |") :]
+    for chip in CHIPS:
+        row = chips[chips.index(f"| {chip.name}") :]
+        assert f"{chip.memory_bytes / 2**30:.4g} GiB | {chip.bandwidth / 1e12:g} TB/s |" in row[:80], chip.name
+        assert f"| {chip.flops['bfloat16'] / 1e12:g} / " in row[:100], chip.name
