@@ -27,6 +27,7 @@ LAYERS = (
     {"plan_rules"},
     {"resolve", "features", "metrics"},
     {"memory"},
+    {"capacity"},
     {"kv"},
     {"scheduler"},
     {"executor"},

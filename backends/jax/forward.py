@@ -16,7 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from backends.jax import sample
 from backends.jax.batch import Shape, unpack
-from backends.jax.split import AXIS, rank_arch
+from backends.jax.split import AXIS
 from backends.jax.tables import Rows, advance, set_pages
 from engine.specs.arch import ArchSpec
 from engine.specs.cache import CacheLayout
@@ -34,6 +34,7 @@ class Traits:
     """What a forward program is built for, besides its shape."""
 
     arch: ArchSpec
+    part: ArchSpec  # of it, what one device computes
     layout: CacheLayout
     max_model_len: int
     kernels: tuple[str, ...]  # one a group
@@ -138,7 +139,7 @@ def greedy(logits: Array, ranks: int) -> tuple[Array, Array]:
 
 def make_decoder(params: dict[str, Any], traits: Traits, tokens: int) -> Decoder:
     """The decoder: a scan where weights are stacked, in whole-layer calls where they are made for so few tokens."""
-    arch = rank_arch(traits.arch, traits.ranks)
+    arch = traits.part
     if "runs" in params:
         return ScannedDecoder(arch, params, traits.max_model_len)
     dtype = params["embed"].dtype.name

@@ -24,6 +24,7 @@ from backends.jax.forward import HEAD_ROWS, Spread, Traits, forward, make_decode
 from backends.jax.split import AXIS, Split, specs_of
 from engine.runner import Progress, RunnerConfig
 from engine.specs.cache import CacheLayout
+from engine.specs.parallel import rank_arch
 from engine.step import I32, U32, Bucket
 from pallas_kernels import dispatch
 
@@ -65,6 +66,7 @@ class ProgramSet:
         self._least = dispatch.least_rows(split.platform, config.dtype)
         self._traits = Traits(
             arch=config.arch,
+            part=rank_arch(config.arch, split.size),
             layout=layout,
             max_model_len=config.max_model_len,
             kernels=tuple(dispatch.choose_kernel(split.platform, group.spec.head_size) for group in layout.groups),

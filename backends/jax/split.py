@@ -8,14 +8,12 @@ are split over the axis "model", what a device computes alone is summed where a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from engine.specs.arch import ArchSpec
 from engine.specs.parallel import shard_slices
 from engine.specs.weights import ParamSpec
 
@@ -52,25 +50,6 @@ def rank_rows(param: ParamSpec, ranks: int) -> list[slice]:
     if ranks == 1 or param.axes[0] not in SPLIT_AXES:
         return [slice(0, param.shape[0])]
     return [shard_slices(param, ranks, rank)[0] for rank in range(ranks)]
-
-
-def rank_arch(arch: ArchSpec, ranks: int) -> ArchSpec:
-    """The architecture as one rank computes it: its heads, its ffn columns. The vocabulary is told by the arrays."""
-    if ranks == 1:
-        return arch
-    layers = tuple(
-        replace(
-            layer,
-            mixer=replace(
-                layer.mixer,
-                num_heads=layer.mixer.num_heads // ranks,
-                num_kv_heads=max(1, layer.mixer.num_kv_heads // ranks),
-            ),
-            ffn=replace(layer.ffn, size=layer.ffn.size // ranks),
-        )
-        for layer in arch.layers
-    )
-    return replace(arch, layers=layers)
 
 
 def specs_of(tree: Any) -> Any:

@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "inspect_checkpoint_command",
         "Show a checkpoint's layers, parameters, shards, cache groups and bytes.",
     ),
+    "plan": ("plan_command", "Say whether a model fits a TPU slice or GPUs, with what room and which step floor."),
     "convert": ("convert_checkpoint_command", "Write a checkpoint in a form that loads straight into sharded arrays."),
     "compile": (
         "compile_ahead_command",
