@@ -39,6 +39,7 @@ class Programs:
 
     def __init__(self, split: Split, load: Callable[[Program], Any] | None = None) -> None:
         self._whole = split.sharding()
+        self._platform = split.platform
         self._load = load
         self._compiled: dict[Name, Any] = {}
 
@@ -56,14 +57,15 @@ class Programs:
     def compile(self, programs: Iterable[Program], done: Callable[[int], None]) -> None:
         """Make all; done(n) is called in this thread after each."""
         make = self._load or self.build
-        threads = max(1, min(4, len(os.sched_getaffinity(0))))
-        with ThreadPoolExecutor(threads) as pool:
-            jobs = []
-            for program in programs:
-                check(program.name not in self._compiled, f"{program.name} is compiled twice")
-                jobs.append((program.name, pool.submit(make, program)))
-            for count, (name, job) in enumerate(jobs):
-                self._compiled[name] = job.result()
+        todo = list(programs)
+        for program in todo:
+            check(program.name not in self._compiled, f"{program.name} is compiled twice")
+        with ThreadPoolExecutor(max(1, min(4, len(os.sched_getaffinity(0))))) as pool:
+            # libtpu overflows its own stacks where two programs are compiled at once (seen with 0.0.42.1)
+            at_once = self._platform != "tpu" or self._load is not None
+            jobs = pool.map(make, todo) if at_once else map(make, todo)
+            for count, (program, made) in enumerate(zip(todo, jobs, strict=True)):
+                self._compiled[program.name] = made
                 done(count + 1)
 
     def build(self, program: Program) -> Any:
