@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -145,17 +145,17 @@ def vmem_bytes(block: Block, x: np.dtype, w: np.dtype) -> int:
     return int(2 * moved) + 4 * block.m * block.n
 
 
-def kernel(x, w, *rest, kind, chunk, steps):  # type: ignore[no-untyped-def]
+def kernel(x: Any, w: Any, *rest: Any, kind: Any, chunk: Any, steps: Any) -> None:
     """One block: x [m, k], w [n, k], the scales of `kind`, out [m, n], total [m, n] over the inner axis."""
     *scales, out, total = rest
     step = pl.program_id(2)
 
-    def finish(sums, columns):  # type: ignore[no-untyped-def]
+    def finish(sums: Any, columns: Any) -> None:
         if kind == "scaled":
             sums = sums.astype(jnp.float32) * scales[0][...] * scales[1][:, columns]
         out[:, columns] = sums.astype(out.dtype)
 
-    def column_chunk(turn, _):  # type: ignore[no-untyped-def]
+    def column_chunk(turn: Any, _: Any) -> Any:
         columns, words = (pl.ds(pl.multiple_of(turn * size, size), size) for size in (chunk, chunk // 8))
         if kind == "weights":
             part = dot(x[...], scaled_weights(w[words, :], scales[0][columns, :], step), total.dtype)
@@ -168,13 +168,13 @@ def kernel(x, w, *rest, kind, chunk, steps):  # type: ignore[no-untyped-def]
             return 0
 
         @pl.when(step == 0)
-        def _():
+        def _() -> None:
             total[:, columns] = jnp.zeros(part.shape, total.dtype)
 
         total[:, columns] += part
 
         @pl.when(step == steps - 1)
-        def _():
+        def _() -> None:
             finish(total[:, columns], columns)
 
         return 0
@@ -216,7 +216,7 @@ def scaled_weights(words: Array, scale: Array, step: Array) -> Array:
     return jnp.concatenate(scaled, axis=1)
 
 
-def scaled_sums(x, words: Array, scale: Array) -> Array:  # type: ignore[no-untyped-def]
+def scaled_sums(x: Any, words: Array, scale: Array) -> Array:
     """f32 [m, n]: the sums of each group, each times its scale. x: [m, k]; words: i32 [n / 8, k]; scale: f32 [g, n]."""
     total = jnp.zeros((x.shape[0], scale.shape[1]), jnp.float32)
     for group in range(scale.shape[0]):

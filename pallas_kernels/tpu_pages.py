@@ -9,6 +9,7 @@ race detector. Letters: L layers · P pages · W lanes of a token (heads times h
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ def scatter_pages(
     return move(scatter_kernel, (count, pages), (staging, cache), cache, 1, interpret, name)
 
 
-def move(body, scalars, arrays, out, aliased, interpret, name):  # type: ignore[no-untyped-def]
+def move(body: Any, scalars: Any, arrays: Any, out: Any, aliased: Any, interpret: Any, name: Any) -> Any:
     """One program over arrays that stay in HBM. aliased: which of them the output is."""
     there = pl.BlockSpec(memory_space=pl.ANY)
     result: Array = pl.pallas_call(
@@ -88,11 +89,11 @@ def move(body, scalars, arrays, out, aliased, interpret, name):  # type: ignore[
     return result
 
 
-def copy_kernel(count, sources, targets, tokens, _, cache, done):  # type: ignore[no-untyped-def]
+def copy_kernel(count: Any, sources: Any, targets: Any, tokens: Any, _: Any, cache: Any, done: Any) -> None:
     """A page's tiles go as powers of two of them: all layers in at most log2(tiles) + 1 descriptors."""
     tiles = cache.shape[3] // TILE
 
-    def each(entry, slot, act):  # type: ignore[no-untyped-def]
+    def each(entry: Any, slot: Any, act: Any) -> None:
         wanted = lax.div(tokens[entry] + TILE - 1, TILE)
         size = tiles
         while size:
@@ -106,32 +107,32 @@ def copy_kernel(count, sources, targets, tokens, _, cache, done):  # type: ignor
     several(count[0], each)
 
 
-def gather_kernel(count, pages, cache, staging, done):  # type: ignore[no-untyped-def]
-    def each(entry, slot, act):  # type: ignore[no-untyped-def]
+def gather_kernel(count: Any, pages: Any, cache: Any, staging: Any, done: Any) -> None:
+    def each(entry: Any, slot: Any, act: Any) -> None:
         act(pltpu.make_async_copy(cache.at[:, pages[entry]], staging.at[entry], done.at[slot]))
 
     several(count[0], each)
 
 
-def scatter_kernel(count, pages, staging, _, cache, done):  # type: ignore[no-untyped-def]
-    def each(entry, slot, act):  # type: ignore[no-untyped-def]
+def scatter_kernel(count: Any, pages: Any, staging: Any, _: Any, cache: Any, done: Any) -> None:
+    def each(entry: Any, slot: Any, act: Any) -> None:
         act(pltpu.make_async_copy(staging.at[entry], cache.at[:, pages[entry]], done.at[slot]))
 
     several(count[0], each)
 
 
-def several(count, each) -> None:  # type: ignore[no-untyped-def]
+def several(count: Any, each: Any) -> None:
     """Starts every entry's transfers, and waits for those of the entry that had the same semaphore."""
 
-    def turn(entry, _):  # type: ignore[no-untyped-def]
+    def turn(entry: Any, _: Any) -> Any:
         slot = lax.rem(entry, IN_FLIGHT)
 
         @pl.when(entry >= IN_FLIGHT)
-        def _():
+        def _() -> None:
             each(entry - IN_FLIGHT, slot, lambda copy: copy.wait())
 
         @pl.when(entry < count)
-        def _():
+        def _() -> None:
             each(entry, slot, lambda copy: copy.start())
 
         return 0

@@ -11,6 +11,7 @@ and ref.bitcast, so that it runs in Pallas's interpreter with its race detector.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,14 +60,14 @@ def keep(
     )(logits, min_p[:, None], top_k[:, None], top_p[:, None])
 
 
-def kernel(logits, min_p, top_k, top_p, out, weights):  # type: ignore[no-untyped-def]
+def kernel(logits: Any, min_p: Any, top_k: Any, top_p: Any, out: Any, weights: Any) -> None:
     """Eight rows: logits, out, weights [8, V]; the rest [8, 1]."""
     vocab = logits.shape[1]
     largest = over(vocab, lambda at: logits[:, at], jnp.maximum, -jnp.inf, jnp.max)
     off = jnp.full((ROWS, 1), -jnp.inf, jnp.float32)
     floor = jnp.where(min_p[...] > 0, largest + jnp.log(min_p[...]), off)
 
-    def drop_unlikely(at):  # type: ignore[no-untyped-def]
+    def drop_unlikely(at: Any) -> None:
         out[:, at] = jnp.where(logits[:, at] < floor, -jnp.inf, logits[:, at])
 
     each(vocab, drop_unlikely)
@@ -74,11 +75,11 @@ def kernel(logits, min_p, top_k, top_p, out, weights):  # type: ignore[no-untype
     limits = (wanted > 0) & (wanted < vocab)
 
     @pl.when(jnp.max(limits.astype(jnp.float32)) > 0)
-    def _():
+    def _() -> None:
         bound = jnp.where(limits, wanted, vocab).astype(jnp.float32)  # exact: a vocabulary is less than 2^24
         found = bisect(lambda t: over_kept(vocab, out, t, lambda at: 1.0) >= bound)
 
-        def drop(at):  # type: ignore[no-untyped-def]
+        def drop(at: Any) -> None:
             out[:, at] = jnp.where(out[:, at] < found, -jnp.inf, out[:, at])
 
         each(vocab, drop)
@@ -86,8 +87,8 @@ def kernel(logits, min_p, top_k, top_p, out, weights):  # type: ignore[no-untype
     shares = top_p[...] < 1  # not of the rows behind the end, which may hold NaN: false here, and so in a maximum
 
     @pl.when(jnp.max(shares.astype(jnp.float32)) > 0)
-    def _():
-        def weigh(at):  # type: ignore[no-untyped-def]
+    def _() -> None:
+        def weigh(at: Any) -> None:
             weights[:, at] = jnp.exp(out[:, at] - largest)
 
         each(vocab, weigh)
@@ -95,17 +96,17 @@ def kernel(logits, min_p, top_k, top_p, out, weights):  # type: ignore[no-untype
         found = bisect(lambda t: over_kept(vocab, out, t, lambda at: weights[:, at]) >= bound)
         found = jnp.where(shares, found, off)
 
-        def drop(at):  # type: ignore[no-untyped-def]
+        def drop(at: Any) -> None:
             out[:, at] = jnp.where(out[:, at] < found, -jnp.inf, out[:, at])
 
         each(vocab, drop)
 
 
-def over_kept(vocab, out, threshold, weight):  # type: ignore[no-untyped-def]
+def over_kept(vocab: Any, out: Any, threshold: Any, weight: Any) -> Any:
     """f32 [8, 1]: the sum of weights of ids that are not under the threshold."""
     wide = jnp.broadcast_to(threshold, (ROWS, LANES))
 
-    def kept(at):  # type: ignore[no-untyped-def]
+    def kept(at: Any) -> Any:
         return jnp.where(out[:, at] >= wide, weight(at), 0.0)
 
     return over(vocab, kept, jnp.add, 0.0, jnp.sum)
