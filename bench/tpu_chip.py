@@ -1,4 +1,4 @@
-"""Compiling for a TPU with no TPU: what tpu_static.py and tpu_tune.py share.
+"""Compiling for a TPU with no TPU, for tpu_tune.py.
 
 The compiler's dumps are asked for by an environment variable, and one process compiles for one generation: so a parent
 starts `python -m <module> --child <generation>` for each, which compiles and leaves the dumps in a folder. Needs libtpu
