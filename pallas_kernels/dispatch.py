@@ -45,7 +45,7 @@ class Work:
     tile_rows: Array  # i32 [tiles] row of each prefill tile
     tile_starts: Array  # i32 [tiles] first token of each prefill tile
     num_tiles: Array  # i32 []
-    lists: tpu_attention.Lists | None = None  # of the tpu kernels
+    lists: tpu_attention.Rounds | None = None  # of the tpu kernels
 
 
 def linear(x: Array, weight: Array) -> Array:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu_decode import LANES, Blocks, decode_attention
@@ -19,36 +20,54 @@ MAX_LISTED = 1 << 15
 """Most pages of a list: three numbers each must fit in scalar memory (1 MiB)."""
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lists:
-    """The work of one group in one step."""
+    """The work of one group in one step, for rows whose pages fit a list together."""
 
     blocks: Blocks
     lengths: Array  # i32 [S] keys seen by rows of one new token, 0 for other rows
     decode_tokens: Array  # i32 [S] their tokens in the step, T for other rows
-    tiles: Tiles | None  # None where no row can have several
+    tiles: Tiles
+    several: Array  # bool [T] tokens of rows with several
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rounds:
+    """The work of one group in one step: one round, but where rows may hold more than MAX_LISTED pages together."""
+
+    count: Array  # i32 [] rounds that have rows
+    lists: Lists  # all arrays [rounds, ...]
 
 
 def make_lists(
     table: Array, query_starts: Array, num_new: Array, num_computed: Array, tokens: int, window: int | None
-) -> Lists:
+) -> Rounds:
     """table: i32 [S, max_pages]; query_starts, num_new, num_computed: i32 [S], num_new 0 in padding; tokens: T."""
     rows, columns = table.shape
-    one = num_new == 1
-    lengths = jnp.where(one, num_computed + 1, 0)
-    capacity = rows * (columns + BLOCK_PAGES)
-    if capacity > MAX_LISTED:
-        raise ValueError(
-            f"{rows} rows of {columns} pages: {capacity} entries do not fit in scalar memory, at most {MAX_LISTED} do"
-        )
-    several = jnp.where(one, 0, num_new)
+    most = columns + BLOCK_PAGES  # entries of one row
+    capacity = min(rows * most, max(MAX_LISTED, 2 * most))
+    room = capacity if capacity == rows * most else capacity - most
+    entries = jnp.where(num_new > 0, -(-(num_computed + num_new) // LANES) + BLOCK_PAGES, 0)
+    rounds = (jnp.cumsum(entries) - entries) // room
+    index = jnp.arange(tokens)
     padded = -(-tokens // TILE) * TILE
-    return Lists(
-        blocks=decode_blocks(table, lengths, capacity, window),
-        lengths=lengths,
-        decode_tokens=jnp.where(one, query_starts, tokens),
-        tiles=prefill_tiles(table, query_starts, several, num_computed, padded, capacity) if tokens > 1 else None,
-    )
+
+    def of_round(number: Array) -> Lists:
+        new = jnp.where(rounds == number, num_new, 0)
+        lengths = jnp.where(new == 1, num_computed + 1, 0)
+        several = jnp.where(new == 1, 0, new)
+        inside = (index[:, None] >= query_starts) & (index[:, None] < query_starts + several)
+        return Lists(
+            blocks=decode_blocks(table, lengths, capacity, window),
+            lengths=lengths,
+            decode_tokens=jnp.where(new == 1, query_starts, tokens),
+            tiles=prefill_tiles(table, query_starts, several, num_computed, padded, capacity),
+            several=jnp.any(inside, axis=1),
+        )
+
+    count = jnp.max(jnp.where(num_new > 0, rounds, 0)) + 1
+    return Rounds(count=count, lists=jax.vmap(of_round)(jnp.arange(-(-rows * most // room))))
 
 
 def paged_attention(
@@ -57,7 +76,7 @@ def paged_attention(
     v: Array,
     cache: Array,
     layer: Array,
-    lists: Lists,
+    rounds: Rounds,
     *,
     scale: float,
     window: int | None,
@@ -73,16 +92,26 @@ def paged_attention(
     layer = jnp.reshape(layer, (1,)).astype(jnp.int32)
     limits = {"scale": scale, "window": window, "logit_cap": logit_cap}
     wide = q.reshape(tokens, heads * size)
-    if lists.tiles is not None:
-        padding = ((0, -tokens % TILE), (0, 0))
-        padded = [jnp.pad(x, padding) for x in (wide, k, v)]
-        out, cache = prefill_attention(*padded, cache, layer, lists.tiles, size=size, interpret=simulated, **limits)
-        wide = out[:tokens]
-    mine = jnp.minimum(lists.decode_tokens, tokens - 1)
-    found, cache = decode_attention(
-        q[mine], k[mine], v[mine], cache, layer, lists.blocks, lists.lengths, interpret=simulated, **limits
-    )
-    out = wide.at[lists.decode_tokens].set(found.reshape(-1, heads * size), mode="drop")
+
+    def attend(number: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        out, cache = carry
+        now = jax.tree_util.tree_map(lambda x: x[number], rounds.lists)
+        if tokens > 1:
+            padding = ((0, -tokens % TILE), (0, 0))
+            padded = [jnp.pad(x, padding) for x in (wide, k, v)]
+            found, cache = prefill_attention(*padded, cache, layer, now.tiles, size=size, interpret=simulated, **limits)
+            out = jnp.where(now.several[:, None], found[:tokens], out)
+        mine = jnp.minimum(now.decode_tokens, tokens - 1)
+        found, cache = decode_attention(
+            q[mine], k[mine], v[mine], cache, layer, now.blocks, now.lengths, interpret=simulated, **limits
+        )
+        return out.at[now.decode_tokens].set(found.reshape(-1, heads * size), mode="drop"), cache
+
+    start = (jnp.zeros_like(wide), cache)
+    if rounds.lists.lengths.shape[0] == 1:
+        out, cache = attend(jnp.int32(0), start)
+    else:
+        out, cache = lax.fori_loop(0, rounds.count, attend, start)
     return out.reshape(tokens, heads, size), cache
 
 

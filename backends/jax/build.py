@@ -30,29 +30,37 @@ class Builder:
         return mesh.describe(self._target)
 
     def configure(self, config: RunnerConfig) -> None:
-        self._split = self._target.split(config.tensor_size)
-        mesh.keep_float32_exact(self._split.device, config.dtype)
-        self._config, self._params = config, param_shapes(config.arch, config.dtype, self._split)
+        self.split = self._target.split(config.tensor_size)
+        mesh.keep_float32_exact(self.split.device, config.dtype)
+        self._config, self.params = config, param_shapes(config.arch, config.dtype, self.split)
+
+    def weight_bytes(self) -> int:
+        """On one device."""
+        return param_bytes(self.params)
+
+    def memory(self) -> tuple[int, int]:
+        """(total, free) bytes of one device."""
+        return self._target.memory()
 
     def cache_budget_bytes(self) -> int:
         """As a runner's, with the weights counted as if they were there.
 
         Of a host an eighth less: what is free there differs from start to start, and the pages are fixed from here on.
         """
-        total, free = self._target.memory()
-        taken = param_bytes(self._params) + ProgramSet.workspace_bytes(self._config)
+        total, free = self.memory()
+        taken = self.weight_bytes() + ProgramSet.workspace_bytes(self._config)
         if self._target.platform == "cpu":
-            return max(0, (free - taken) // mesh.HOST_SHARE // self._split.size * 7 // 8)
+            return max(0, (free - taken) // mesh.HOST_SHARE // self.split.size * 7 // 8)
         return max(0, total - taken)
 
     def build(self, layout: CacheLayout, folder: Path, progress: Progress) -> Built:
-        programs = ProgramSet(self._config, layout, self._params, self._split).programs()
-        made = Programs(self._split)
+        programs = ProgramSet(self._config, layout, self.params, self.split).programs()
+        made = Programs(self.split)
         with compile_cache.disabled():
             made.compile(programs, lambda done: progress("programs", done, len(programs)))
         manifest = write(
             folder,
-            key_of(self._config, self._split),
+            key_of(self._config, self.split),
             tuple(pool.num_pages for pool in layout.pools),
             (serialise(program, made[program.name]) for program in programs),
         )

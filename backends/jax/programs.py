@@ -32,6 +32,10 @@ SCORE_BYTES = 64 << 20
 """Most scratch memory of one call that scores prompt tokens."""
 
 
+SAMPLED = 64
+"""Most rows that are sampled together on an accelerator: each takes a few arrays as wide as the vocabulary."""
+
+
 @dataclass(slots=True)
 class DeviceState:
     """What programs hand on: each call takes these arrays and puts new ones in their place."""
@@ -44,6 +48,11 @@ class DeviceState:
 def score_rows(vocab_size: int) -> int:
     """Prompt tokens scored by one call: bounded by bytes, three arrays as wide as the vocabulary each."""
     return int(np.clip(SCORE_BYTES // (12 * vocab_size), 8, 64))
+
+
+def sampled_together(rows: int) -> int:
+    """The largest part of `rows` up to SAMPLED that divides them."""
+    return max(part for part in range(1, min(rows, SAMPLED) + 1) if rows % part == 0)
 
 
 class ProgramSet:
@@ -95,7 +104,8 @@ class ProgramSet:
         )
         slots = config.max_slots + 1
         sampler = slots * (4 * arch.vocab_size + arch.vocab_size // 8 + 24_000)
-        return 4 * tokens * widest + 24 * rows * arch.vocab_size + sampler + SCORE_BYTES
+        logits = (8 * rows + 24 * min(rows, SAMPLED)) * arch.vocab_size
+        return 4 * tokens * widest + logits + sampler + SCORE_BYTES
 
     # shapes
 
@@ -193,9 +203,6 @@ class ProgramSet:
     def _sample_programs(self) -> list[Program]:
         rows, sampler = self._table_shapes()
         vocab = self._config.arch.vocab_size
-        function = partial(
-            self._sampling, block=self._traits.block_rows, num_top=self._config.sampler_limits.max_logprobs
-        )
         programs = []
         for size in sorted({packer.shape.rows for packer in self._packers.values()}):
             args = (
@@ -205,6 +212,8 @@ class ProgramSet:
                 jax.ShapeDtypeStruct((2 + size,), np.int32),
                 jax.ShapeDtypeStruct((size, -(-vocab // 32)), np.uint32),
             )
+            block = HEAD_ROWS if self._split.platform == "cpu" else sampled_together(size)
+            function = partial(self._sampling, block=block, num_top=self._config.sampler_limits.max_logprobs)
             programs.append(Program(("sample", size), function, args, donate=(1, 2)))
         return programs
 

@@ -27,6 +27,7 @@ BACKENDS = {"tpu": "jax", "gpu": "torch"}
 
 # backends/jax/programs.py
 JAX_SCORE_BYTES = 64 * MIB
+JAX_SAMPLED = 64  # rows that are sampled together
 JAX_ROW_BYTES = 24_000  # page table and sampling columns of a row, without those of V entries
 # backends/torch/{eager,gpu_sample,memory}.py
 TORCH_SCORE_BYTES, PIECE_BYTES, SAMPLER_COPIES, LIBRARY_BYTES = 256 * MIB, 64 * MIB, 8, 384 * MIB
@@ -117,7 +118,7 @@ def tpu_parts(config: RunnerConfig) -> dict[str, int]:
     slots, vocab = config.max_slots + 1, arch.vocab_size
     return {
         "activations": 4 * tokens * widest,
-        "logits_and_sampling": 24 * rows * vocab + JAX_SCORE_BYTES,
+        "logits_and_sampling": (8 * rows + 24 * min(rows, JAX_SAMPLED)) * vocab + JAX_SCORE_BYTES,
         "tables": slots * (4 * vocab + vocab // 8 + JAX_ROW_BYTES),
         "reserve": 0,
     }

@@ -12,6 +12,7 @@ from backends.jax import mesh
 from backends.jax.programs import ProgramSet
 from backends.jax.split import Split
 from backends.jax.weights import load_params, param_bytes
+from bench.shapes import GEMMA_27B, LLAMA_8B, TINY
 from engine.capacity.parts import device_info, tpu_parts, weight_sizes
 from engine.config import EngineConfig, ScheduleConfig
 from engine.resolve import resolve
@@ -19,7 +20,6 @@ from engine.specs.chips import CHIPS, parse_slice
 from engine.specs.families import parse_config
 from engine.specs.weights import dummy_params
 from tests.backends.driver import llama
-from tests.engine.capacity_models import GEMMA_27B, LLAMA_8B, TINY
 
 
 @pytest.mark.parametrize("chip", [chip for chip in CHIPS if chip.kind == "tpu"], ids=lambda chip: chip.name)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.shapes import GEMMA_27B, LLAMA_8B, LLAMA_70B, TINY
 from engine.capacity.floors import Model, decode_floor, prefill_floor, seen_pairs
 from engine.capacity.parts import device_info, weight_sizes
 from engine.capacity.plan import Ask, Plan, make_plan
@@ -21,7 +22,6 @@ from engine.specs.chips import CHIPS, Slice, parse_slice
 from engine.specs.families import parse_config
 from engine.specs.parallel import rank_arch, shard_shape
 from engine.specs.weights import param_table
-from tests.engine.capacity_models import GEMMA_27B, LLAMA_8B, LLAMA_70B, TINY
 from tests.engine.specs.quant_forms import ALL
 from tests.engine.specs.test_families import PUBLISHED
 
@@ -110,9 +110,9 @@ def test_llama_8b_fits_one_v6e() -> None:
     assert plan.resolved.kv_bytes_per_token == 2 * 32 * 8 * 128 * 2
     assert plan.resolved.runner.page_tokens == (128,)
     assert 11 * GIB < plan.kv_cache_bytes < 12 * GIB
-    assert plan.largest_context == plan.max_model_len == 96256
-    assert plan.largest_batch == 96256 // 4096 and plan.context == 4096
-    assert any("the model length is 96256" in note for note in plan.notes)
+    assert plan.largest_context == plan.max_model_len == 98688
+    assert plan.largest_batch == 98688 // 4096 and plan.context == 4096
+    assert any("the model length is 98688" in note for note in plan.notes)
 
 
 def test_llama_8b_does_not_fit_one_v5e() -> None:

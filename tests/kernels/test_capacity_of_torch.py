@@ -14,13 +14,13 @@ pytest.importorskip("triton")
 
 from backends.torch import memory
 from backends.torch.device import describe
+from bench.shapes import GEMMA_27B, LLAMA_8B, LLAMA_70B
 from engine.capacity.parts import LIBRARY_BYTES, device_info, gpu_parts, parts, weight_tensors
 from engine.config import EngineConfig, ModelConfig, ScheduleConfig
 from engine.resolve import resolve
 from engine.specs.chips import parse_slice
 from engine.specs.families import parse_config
 from engine.specs.parallel import rank_arch
-from tests.engine.capacity_models import GEMMA_27B, LLAMA_8B, LLAMA_70B
 from tests.engine.specs.test_families import PUBLISHED
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="works plans out, whatever the device")

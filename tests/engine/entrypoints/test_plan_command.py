@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from bench.shapes import LLAMA_8B, LLAMA_70B, TINY
 from engine.entrypoints.cli import main
 from engine.specs.chips import CHIPS
-from tests.engine.capacity_models import LLAMA_8B, LLAMA_70B, TINY
 
 Capture = pytest.CaptureFixture[str]
 
@@ -42,7 +42,7 @@ def test_what_fits(folder: Path, capsys: Capture) -> None:
         "llama, 8,030,261,248 parameters, bfloat16, KV cache bfloat16",
         "weights                  14.96 GiB  exact",
         "131,072 bytes a token, pages of 128",
-        "96,256 tokens of KV cache; largest context of one request 96,256",
+        "98,688 tokens of KV cache; largest context of one request 98,688",
         "largest batch at 4,096 tokens each: 23",
         "floor of a step: peaks of the data sheet, nothing measured",
         "decode, 1 x 4,096      9.48 ms  at most 105",
@@ -54,7 +54,7 @@ def test_what_fits(folder: Path, capsys: Capture) -> None:
 def test_what_does_not_fit(folder: Path, capsys: Capture) -> None:
     assert main(["plan", str(folder), "--tpu", "v5e"]) == 1
     out = capsys.readouterr().out
-    assert out.startswith("does not fit: ") and "too much                 2.521 GiB" in out
+    assert out.startswith("does not fit: ") and "too much                 2.216 GiB" in out
     assert "each of these alone would make it fit" in out and "\n  --tpu v6e\n" in out
     assert "--quantization fp8  `twinfer serve` refuses it today" in out
 

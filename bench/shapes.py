@@ -1,4 +1,4 @@
-"""Published shapes for the tests of engine/capacity, and a tiny one whose bytes a reader can add up."""
+"""config.json of models whose shapes are published, and of a tiny one whose bytes a reader can add up."""
 
 from __future__ import annotations
 
@@ -44,6 +44,24 @@ GEMMA_27B: dict[str, Any] = {
         "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
         "sliding_window": 1024,
     },
+}
+QWEN3_06B: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "attention_bias": False,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 151936,
 }
 TINY = LLAMA | {
     "head_dim": 16,
