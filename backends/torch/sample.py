@@ -63,7 +63,7 @@ def draw(x: Tensor, slots: Tensor, tables: Tables, uses: Use) -> Tensor:
 
 def argmax(x: Tensor) -> Tensor:
     """The first index of the largest value, i64 [B]. x: f32 [B, V]; NaN counts as nothing."""
-    return x.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).argmax(dim=1)
+    return torch.where(x.isnan(), -torch.inf, x).argmax(dim=1)  # torch-xla's nan_to_num takes no infinities
 
 
 def ban_words(x: Tensor, slots: Tensor, tables: Tables) -> Tensor:

@@ -60,6 +60,7 @@ def load_params(
     """
     places = storage(arch)
     table = param_table(arch)
+    target, device = device, torch.device("cpu") if device.type == "xla" else device  # there a copy is a program
     quant = QuantLoad(arch, {param.weight: stored_name(param.weight) for param in table}, DTYPES[dtype])
     flat: dict[str, Any] = {}
     to_come = {param.name for param in table}
@@ -82,7 +83,9 @@ def load_params(
     for name, value in flat.items():
         # rows of the embedding table are read one by one; what is in few bits is settled already
         if isinstance(value, Tensor) and value.dim() == 2 and name != "embed" and not value.is_mkldnn:
-            flat[name] = pack(value)
+            flat[name] = pack(value) if target == device else value
+    if target != device:
+        flat = {name: value.to(target) for name, value in flat.items()}
     return tree(arch, flat)
 
 
