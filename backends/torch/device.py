@@ -74,7 +74,9 @@ def xla_device() -> torch.device:
         device = torch_xla.device()
     except Exception as error:  # an import of a build for another torch, a client that does not start
         cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ConfigError(f"--device: 'xla' does not start ({cause}); {remedy}, and set PJRT_DEVICE=CPU or TPU") from error
+        raise ConfigError(
+            f"--device: 'xla' does not start ({cause}); {remedy}, and set PJRT_DEVICE=CPU or TPU"
+        ) from error
     if xla_platform() not in ("cpu", "tpu"):
         raise ConfigError(f"--device: 'xla' on PJRT_DEVICE={xla_platform().upper()} is not supported; CPU or TPU")
     return device

@@ -22,8 +22,8 @@ from backends.torch.eager import SCORE_BYTES, EagerSteps
 from backends.torch.results import read_result
 from backends.torch.step import Loaded, Step
 from backends.torch.tables import Tables
-from backends.torch.xla_tables import PaddedTables
 from backends.torch.weights import KV_DTYPES, load_params
+from backends.torch.xla_tables import PaddedTables
 from cuda_kernels.dispatch import cache_shape, has_fused_kernels
 from engine.errors import ConfigError, StepFailed, check, fail
 from engine.opened import Use, is_poisoned, row_uses

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch_xla
 from torch import Tensor
-from torch_xla.core import xla_builder
+from torch_xla.core import xla_builder, xla_op_registry
 from torch_xla.debug import metrics
 
 from backends.torch.eager import EagerSteps
@@ -42,6 +42,21 @@ SCORE_BYTES = 64 << 20
 """Most scratch memory of one call that scores prompt tokens."""
 ROWS = ("page_table", "query_starts", "num_new", "num_computed", "num_rows", "write_page", "write_offset")
 ROWS += ("decode_order", "tile_rows", "tile_starts", "num_tiles")  # the arrays of dispatch.Work
+
+
+BITS = torch.library.Library("aten", "IMPL")  # what torch-xla 2.9 does on the host, in the middle of a step
+"""Holds the registration below: it ends with the object."""
+float_bits = xla_op_registry.register("float_bits", lambda x: x.bitcast(xla_builder.Type.S32))
+
+
+def view_bits(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.view(dtype) for the one pair of types that a sampler wants."""
+    if (x.dtype, dtype) != (torch.float32, torch.int32):
+        raise NotImplementedError(f"a view of {x.dtype} as {dtype} through torch-xla")
+    return float_bits(x)
+
+
+BITS.impl("view_copy.dtype", view_bits, "XLA")
 
 
 def traced(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -158,10 +173,12 @@ class XlaSteps(EagerSteps):
         jobs += [lambda pool=pool: self._copy(pool, np.zeros((3, COPIES), np.int32)) for pool in range(pools)]
         sizes = set()
         for packer in self._packers.values():
-            padded = packer.pack(empty_plan(0, Bucket(tokens=packer.shape.tokens, rows=packer.shape.rows)), [None] * packer.shape.groups, False)
-            jobs.append(lambda padded=padded: self._score_all(self._run(padded)[1], np.zeros(1), np.zeros(1)))
-            if packer.shape.rows not in sizes:
-                sizes.add(packer.shape.rows)
+            shape = packer.shape
+            plan = empty_plan(0, Bucket(tokens=shape.tokens, rows=shape.rows))
+            padded = packer.pack(plan, [None] * shape.groups, False)
+            jobs.append(lambda padded=padded: self._score_all(self._run(padded)[1], *np.zeros((2, 1), np.int32)))
+            if shape.rows not in sizes:
+                sizes.add(shape.rows)
                 jobs.append(lambda padded=padded: self._warm_sampler(padded))
         for done, job in enumerate(jobs, 1):
             job()
