@@ -165,7 +165,7 @@ class Runner:
 
     def _room(self, loaded: Loaded, fused: bool) -> EagerSteps:
         if self._device.type == "xla":
-            from backends.torch.xla import XlaSteps  # needs torch-xla and jax
+            from backends.torch.xla_steps import XlaSteps  # needs torch-xla and jax
 
             return XlaSteps(loaded, devices.xla_platform())
         if not fused:

@@ -1,4 +1,4 @@
-"""torch-xla on PJRT's CPU beside the conformance suite: torch's answers, compiles, losses, refusals, a TPU's lowering."""
+"""torch-xla on PJRT's CPU beside the conformance suite: its answers, compiles, losses, refusals, a TPU's lowering."""
 
 from __future__ import annotations
 
