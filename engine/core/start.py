@@ -16,6 +16,7 @@ from engine.config import EngineConfig
 from engine.core.loop import CoreLoop
 from engine.core.messages import CoreReady
 from engine.core.timeline import Timeline
+from engine.errors import ConfigError
 from engine.executor.base import SameProcess
 from engine.memory import MemoryPlan, check_pages, plan_memory, report
 from engine.resolve import Resolved, plan_cache, resolve
@@ -49,8 +50,12 @@ def has_nvidia_gpu() -> bool:
 
 def choose_backend(requested: str, device: str) -> Backend:
     """auto: TPU -> jax; NVIDIA GPU with torch -> torch; else jax. Looks without importing a framework."""
+    if device == "xla" and requested == "jax":
+        raise ConfigError("--device: 'xla' is torch-xla, not jax; use --backend torch, or --device tpu with jax")
     if requested != "auto":
         return Backend(requested, "as asked")
+    if device == "xla":
+        return Backend("torch", "--device xla")
     if device in ("auto", "tpu") and has_tpu():
         return Backend("jax", "a TPU was found")
     if device in ("auto", "cuda", "gpu") and has_nvidia_gpu():

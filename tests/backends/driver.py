@@ -33,6 +33,7 @@ from engine.step import (
 )
 
 PAGE = 16
+DEVICE = os.environ.get("TWINFER_TEST_DEVICE", "cpu")  # cuda: the suite on a GPU; xla: through torch-xla
 
 
 def llama(
@@ -181,7 +182,7 @@ class Driver:
     ) -> None:
         self.runner, self.arch = runner, llama() if arch is None else arch
         self.random = random.Random(seed)
-        self.device = runner.describe()
+        self.device = runner.describe(config.get("device", DEVICE))
         groups = cache_groups(self.arch) if groups is None else groups
         compiled = self.device.bucket_style == "pow2"
         values: dict[str, Any] = {
@@ -195,7 +196,7 @@ class Driver:
             "row_buckets": (4, 12) if compiled else (),
             "max_in_flight": min(2, self.device.max_in_flight),
             "load_format": "dummy",
-            "device": os.environ.get("TWINFER_TEST_DEVICE", "cpu"),  # cuda: the suite on a GPU
+            "device": DEVICE,
             "num_threads": 1,
         }
         self.config = RunnerConfig(**(values | config))
