@@ -24,8 +24,10 @@ from typing import Any
 from backends.jax.build import Builder
 from backends.jax.compile import Programs
 from backends.jax.programs import ProgramSet
+from backends.jax.workspace import tables_of
 from bench.shapes import GEMMA_27B, LLAMA_8B, LLAMA_70B, QWEN3_06B
 from engine.config import EngineConfig, ModelConfig, ParallelConfig
+from engine.core.start import kv_budget
 from engine.resolve import plan_cache, resolve
 from engine.specs.checkpoint import read_config
 from engine.specs.families import parse_config
@@ -71,9 +73,10 @@ def compile_case(name: str, every: bool) -> tuple[list[str], list[Found]]:
         model=ModelConfig(load_format="dummy"), parallel=ParallelConfig(tensor_parallel_size=ranks), device="auto"
     )
     builder = Builder()
-    resolved = resolve(config, arch, builder.describe("auto", slice_name))
+    device = builder.describe("auto", slice_name)
+    resolved = resolve(config, arch, device)
     builder.configure(resolved.runner)
-    layout, length, _ = plan_cache(config, resolved, builder.cache_budget_bytes())
+    layout, length, _ = plan_cache(config, resolved, kv_budget(config, device, builder.cache_budget_bytes(), None))
     made = ProgramSet(resolved.runner, layout, builder.params, builder.split)
     programs = made.programs()
     largest, rows = max(resolved.runner.token_buckets), max(resolved.runner.row_buckets)
@@ -85,7 +88,8 @@ def compile_case(name: str, every: bool) -> tuple[list[str], list[Found]]:
             print(f"{name:14} {found[-1]}", flush=True)
     pages = sum(pool.num_pages * pool.page_bytes for pool in layout.pools)
     weights = builder.weight_bytes()
-    peak = max(program.peak for program in found)
+    beside = max(program.scratch + program.outputs - program.aliased for program in found)
+    peak = weights + pages + beside + tables_of({program.name: program for program in programs})
     total, _ = builder.memory()
     cells = [
         f"{slice_name}, {ranks} device{'s' * (ranks > 1)}",

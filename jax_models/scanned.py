@@ -1,12 +1,12 @@
-"""The decoder as a scan over stacked weights: one body a run of equal layers, whatever their number.
+"""The decoder as a scan: one body a run of equal layers (ArchSpec.runs), whatever their number.
 
-What a TPU is given: a program a fraction of the size, few arguments, weights read where they lie. The mathematics is
-that of decoder.py; the runs are ArchSpec.runs. Made by backends/jax/forward.py. Letters: T tokens · D width.
+What a TPU is given: a program a fraction of the size, few arguments, weights read where they lie in stacks of layers
+of the same shapes. The mathematics is that of decoder.py. Made by backends/jax/forward.py. Letters: T tokens · D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,13 +20,16 @@ from pallas_kernels.dispatch import Work
 
 
 class ScannedDecoder(Decoder):
-    """params["runs"]: a run: a mapping part -> [repeats, ...] for each layer of its period."""
+    """params["stacks"]: mappings part -> [layers, ...]; stack_places: layer -> (stack, index in it)."""
 
-    def __init__(self, spec: ArchSpec, params: Params, max_model_len: int) -> None:
+    def __init__(
+        self, spec: ArchSpec, params: Params, max_model_len: int, stack_places: Mapping[int, tuple[int, int]]
+    ) -> None:
         self.spec = spec
         self.max_model_len = max_model_len
         self.embed = params["embed"]  # [V, D]
-        self.runs = nnx.data(params["runs"])
+        self.stacks = nnx.data(params["stacks"])
+        self.stack_places = dict(stack_places)
         self.final_norm = params["final_norm"]  # [D]
         self.head = params["embed"] if spec.tied_embeddings else params["head"]  # [V, D]
 
@@ -41,20 +44,24 @@ class ScannedDecoder(Decoder):
         """As Decoder.__call__."""
         x = embed(token_ids, self.embed, self.spec.embedding_scale)
         turns = self.turns(positions)
-        for (first, period, repeats), stacks in zip(self.spec.runs, self.runs, strict=True):
-            size = len(period)
-            of_layers = [places[first + n : first + n + size * repeats : size] for n in range(size)]
-            indexes = [jnp.array([index for _, _, index in of_layer], jnp.int32) for of_layer in of_layers]
+        for first, period, repeats in self.spec.runs:
+            layers = [range(first + n, first + n + len(period) * repeats, len(period)) for n in range(len(period))]
+            indexes = [
+                jnp.array([[places[layer][2], self.stack_places[layer][1]] for layer in of_place], jnp.int32)
+                for of_place in layers
+            ]
 
-            def body(carry: Any, given: Any, period: Any = period, of_layers: Any = of_layers) -> Any:
+            def body(carry: Any, given: Any, period: Any = period, first: int = first) -> Any:
                 x, caches = carry
                 caches = list(caches)
-                for spec, of_layer, parts, index in zip(period, of_layers, *given, strict=True):
-                    group, pool, _ = of_layer[0]
+                for layer, (spec, (in_pool, in_stack)) in enumerate(zip(period, given, strict=True), first):
+                    group, pool, _ = places[layer]
+                    stack = self.stacks[self.stack_places[layer][0]]
+                    parts = {part: lax.dynamic_index_in_dim(array, in_stack, 0, False) for part, array in stack.items()}
                     cos, sin = turns[spec.mixer.rope]
-                    x, caches[pool] = Layer(spec, parts)(x, cos, sin, caches[pool], index, works[group])
+                    x, caches[pool] = Layer(spec, parts)(x, cos, sin, caches[pool], in_pool, works[group])
                 return (x, caches), None
 
-            (x, caches), _ = lax.scan(body, (x, caches), (stacks, indexes))
+            (x, caches), _ = lax.scan(body, (x, caches), indexes)
         norm = self.spec.final_norm
         return rms_norm(x, self.final_norm, norm.eps, norm.offset), caches

@@ -14,6 +14,7 @@ from backends.jax.compile import Programs
 from backends.jax.key import key_of
 from backends.jax.programs import ProgramSet
 from backends.jax.weights import param_bytes, param_shapes
+from backends.jax.workspace import workspace_bytes
 from engine.runner import Built, DeviceInfo, Progress, RunnerConfig
 from engine.specs.cache import CacheLayout
 from engine.specs.executables import write
@@ -48,7 +49,9 @@ class Builder:
         Of a host an eighth less: what is free there differs from start to start, and the pages are fixed from here on.
         """
         total, free = self.memory()
-        taken = self.weight_bytes() + ProgramSet.workspace_bytes(self._config)
+        with compile_cache.disabled():
+            self._workspace = workspace_bytes(self._config, self.params, self.split)
+        taken = self.weight_bytes() + self._workspace
         if self._target.platform == "cpu":
             return max(0, (free - taken) // mesh.HOST_SHARE // self.split.size * 7 // 8)
         return max(0, total - taken)
@@ -63,6 +66,7 @@ class Builder:
             key_of(self._config, self.split),
             tuple(pool.num_pages for pool in layout.pools),
             (serialise(program, made[program.name]) for program in programs),
+            self._workspace,
         )
         sizes = [entry.size for entry in manifest.programs.values()]
         return Built(num_programs=len(sizes), num_bytes=sum(sizes), key=manifest.key)

@@ -6,7 +6,8 @@ Letters: T tokens · S rows · D width · V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -41,6 +42,7 @@ class Traits:
     null_slot: int
     block_rows: int  # rows of logits computed at once
     ranks: int = 1  # devices that share every layer
+    stacks: Mapping[int, tuple[int, int]] = field(default_factory=dict)  # where a layer's stacked weights lie
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +142,8 @@ def greedy(logits: Array, ranks: int) -> tuple[Array, Array]:
 def make_decoder(params: dict[str, Any], traits: Traits, tokens: int) -> Decoder:
     """The decoder: a scan where weights are stacked, in whole-layer calls where they are made for so few tokens."""
     arch = traits.part
-    if "runs" in params:
-        return ScannedDecoder(arch, params, traits.max_model_len)
+    if "stacks" in params:
+        return ScannedDecoder(arch, params, traits.max_model_len, traits.stacks)
     dtype = params["embed"].dtype.name
     whole = traits.ranks == 1 and all(
         has_whole_layers(kernel, tokens, group.spec.head_size, dtype)

@@ -16,11 +16,10 @@ from jax.experimental import topologies
 from backends.jax.split import Split
 from engine.errors import ConfigError
 from engine.runner import Capability, DeviceInfo
+from engine.specs.chips import parse_slice
 
 CAPABILITIES = frozenset({Capability.LATE_MASK, Capability.PROMPT_LOGPROBS, Capability.EXECUTABLES})
 PAGE_TOKENS = {"cpu": 64, "gpu": 64, "tpu": 128}
-TPUS = {"v5e": ("v5e:1x1", 15.5), "v6e": ("v6e:1x1", 31.0), "v5p": ("v5p:2x2x1", 94.0), "tpu7x": ("tpu7x:2x2x1", 93.0)}
-"""Generation -> the smallest topology that libtpu knows, and GiB of one device: a little under what it has in all."""
 WITHOUT_A_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -111,24 +110,22 @@ def local(requested: str) -> Target:
 
 def absent_tpu(name: str) -> Target:
     """A TPU slice that is not here, for compiling alone: v6e is one chip, v6e:2x4 eight. Raises ConfigError."""
-    generation, _, shape = name.partition(":")
-    if generation not in TPUS:
-        raise ConfigError(f"--tpu: {name!r} is not known; one of {', '.join(TPUS)}, or a slice as v6e:2x4")
+    wanted = parse_slice("tpu", name)
     if find_spec("libtpu") is None:
         raise ConfigError(f"--tpu: {name!r} needs the compiler of TPUs; install it with pip install 'twinfer[tpu]'")
     for variable, value in WITHOUT_A_TPU.items():
         os.environ.setdefault(variable, value)
     if not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")
-    smallest, gib = TPUS[generation]
-    topology = name if shape else smallest
+    # one chip of a cube is compiled for as a part of the smallest that libtpu describes
+    topology = f"{wanted.chip.name}:{'2x2x1' if wanted.topology == '1x1x1' else wanted.topology}"
     one = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **one).devices
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"--tpu: {name!r} is no slice that libtpu knows ({reason}); as v6e:2x4") from error
-    return Target(tuple(devices) if shape else tuple(devices[:1]), int(gib * 2**30))
+        raise ConfigError(f"--tpu: {name!r}: this libtpu does not describe {topology} ({reason})") from error
+    return Target(tuple(devices[: wanted.num_devices]), wanted.chip.memory_bytes)
 
 
 def keep_float32_exact(device: jax.Device, dtype: str) -> None:

@@ -22,6 +22,7 @@ from backends.jax.cache import COPIES, cache_shapes, copy_pages
 from backends.jax.compile import Name, Program, Programs
 from backends.jax.forward import HEAD_ROWS, Spread, Traits, forward, make_decoder, split_forward
 from backends.jax.split import AXIS, Split, specs_of
+from backends.jax.stacks import stack_places
 from engine.runner import Progress, RunnerConfig
 from engine.specs.cache import CacheLayout
 from engine.specs.parallel import rank_arch
@@ -82,6 +83,7 @@ class ProgramSet:
             null_slot=config.max_slots,
             block_rows=HEAD_ROWS if on_cpu else max(config.row_buckets) + HEAD_ROWS,
             ranks=split.size,
+            stacks=stack_places(config.arch),
         )
         self._packers = {
             tokens: Packer(self.shape(tokens), config.max_slots) for tokens in sorted(set(config.token_buckets))
@@ -174,7 +176,7 @@ class ProgramSet:
             shape = packer.shape
             packed = jax.ShapeDtypeStruct((packed_size(shape),), np.int32)
             name: Name = ("forward", shape.tokens)
-            args, outs = (self._params, caches, rows, packed), (held, whole, self._logits().sharding, whole, whole)
+            args, outs = (self._params, caches, rows, packed), (held, whole, self.logits().sharding, whole, whole)
             programs[name] = Program(name, self._forward(shape, caches), args, donate=(1, 2), outs=outs)
             states = jax.ShapeDtypeStruct((shape.tokens, hidden), dtype)
             index = jax.ShapeDtypeStruct((chunk,), np.int32)
@@ -190,7 +192,11 @@ class ProgramSet:
         spread = Spread(self._split.mesh, specs_of(self._params), specs_of(caches))
         return partial(split_forward, traits=self._traits, shape=shape, spread=spread)
 
-    def _logits(self, rows: int = 1) -> jax.ShapeDtypeStruct:
+    def build(self, program: Program) -> Any:
+        """Compiled, and not kept."""
+        return self._compiled.build(program)
+
+    def logits(self, rows: int = 1) -> jax.ShapeDtypeStruct:
         """f32 [S, V], the vocabulary split over the devices and padded to equal parts."""
         width = -(-self._config.arch.vocab_size // self._split.size) * self._split.size
         return self._split.shape((rows, width), np.float32, PartitionSpec(None, AXIS))
@@ -206,7 +212,7 @@ class ProgramSet:
         programs = []
         for size in sorted({packer.shape.rows for packer in self._packers.values()}):
             args = (
-                self._logits(size),
+                self.logits(size),
                 rows,
                 sampler,
                 jax.ShapeDtypeStruct((2 + size,), np.int32),

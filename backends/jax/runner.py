@@ -23,6 +23,7 @@ from backends.jax.load import load_weights
 from backends.jax.programs import DeviceState, ProgramSet
 from backends.jax.updates import Call, copy_calls, open_calls, page_calls
 from backends.jax.weights import param_bytes
+from backends.jax.workspace import workspace_bytes
 from engine.errors import ConfigError, StepFailed, check, fail
 from engine.opened import Use, is_poisoned, row_uses
 from engine.plan_rules import check_buckets, check_plan
@@ -117,10 +118,15 @@ class Runner:
 
     def cache_budget_bytes(self) -> int:
         total, free = self._target.memory()
-        workspace = ProgramSet.workspace_bytes(self._config)
+        workspace = self._workspace_bytes()
         if self._split.platform == "cpu":
             return max(0, (free - workspace) // mesh.HOST_SHARE // self._split.size)
         return max(0, total - param_bytes(self._params) - workspace)
+
+    def _workspace_bytes(self) -> int:
+        if self._bundle is not None:
+            return self._bundle.manifest.workspace_bytes
+        return workspace_bytes(self._config, self._params, self._split)
 
     def allocate_cache(self, layout: CacheLayout) -> None:
         load = None if self._bundle is None else self._bundle.load

@@ -1,4 +1,4 @@
-"""Where loaded parameters are put: an array each, or the layers of a run in one array, filled where it lies.
+"""Where loaded parameters are put: an array each, or like layers in one array, filled where it lies.
 
 A TPU's step is a scan over stacked weights (jax_models/scanned.py); nothing is ever held twice, since a stack is
 allocated whole and each layer is written into it by a program that takes its memory over.
@@ -17,6 +17,7 @@ from backends.jax.mesh import stacks_layers
 from backends.jax.split import Split
 from engine.errors import check
 from engine.specs.arch import ArchSpec
+from engine.specs.weights import param_table
 
 
 class Store:
@@ -38,10 +39,11 @@ class Store:
         if layer not in self._stacks:
             self._flat[name] = placed
             return
-        stack, index, repeats = self._stacks[layer]
-        key, sharding = f"{stack}.{part}", self._split.sharding(PartitionSpec(None, *spec))
+        stack, index = self._stacks[layer]
+        length = sum(other == stack for other, _ in self._stacks.values())
+        key, sharding = f"stacks.{stack}.{part}", self._split.sharding(PartitionSpec(None, *spec))
         if key not in self._flat:
-            shape, dtype = (repeats, *numbers.shape), numbers.dtype
+            shape, dtype = (length, *numbers.shape), numbers.dtype
             self._flat[key] = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
             self._fill[key] = jax.jit(fill, donate_argnums=0, out_shardings=sharding)
         self._flat[key] = self._fill[key](self._flat[key], placed, index)
@@ -64,31 +66,37 @@ def split_name(name: str) -> tuple[int, str]:
     return int(index), part
 
 
-def stack_places(arch: ArchSpec) -> dict[int, tuple[str, int, int]]:
-    """Layer -> ("runs.RUN.PLACE", index in the stack, length of the stack)."""
+def stack_places(arch: ArchSpec) -> dict[int, tuple[int, int]]:
+    """Layer -> (number of its stack, index in it). Layers whose parameters have the same shapes share a stack."""
+    shapes: dict[int, list[tuple[str, tuple[int, ...]]]] = {}
+    for param in param_table(arch):
+        layer, part = split_name(param.name)
+        if layer >= 0:
+            shapes.setdefault(layer, []).append((part, param.shape))
+    members: dict[tuple[tuple[str, tuple[int, ...]], ...], list[int]] = {}
+    for layer in sorted(shapes):
+        members.setdefault(tuple(shapes[layer]), []).append(layer)
     return {
-        first + repeat * len(period) + place: (f"runs.{run}.{place}", repeat, repeats)
-        for run, (first, period, repeats) in enumerate(arch.runs)
-        for place in range(len(period))
-        for repeat in range(repeats)
+        layer: (number, index) for number, layers in enumerate(members.values()) for index, layer in enumerate(layers)
     }
 
 
 def tree(arch: ArchSpec, flat: dict[str, Any]) -> dict[str, Any]:
-    """{"layers.3.qkv": x} -> {"layers": [.., {"qkv": x}]}; {"runs.0.1.qkv": x} -> {"runs": [({}, {"qkv": x})]}."""
+    """{"layers.3.qkv": x} -> {"layers": [.., {"qkv": x}]}; {"stacks.0.qkv": x} -> {"stacks": [{"qkv": x}]}."""
     layers: list[dict[str, Any]] = [{} for _ in arch.layers]
-    runs: list[tuple[dict[str, Any], ...]] = [tuple({} for _ in period) for _, period, _ in arch.runs]
+    stacks: dict[int, dict[str, Any]] = {}
     params: dict[str, Any] = {}
     for name, value in flat.items():
         match name.split("."):
             case ["layers", index, part]:
                 params["layers"] = layers
                 layers[int(index)][part] = value
-            case ["runs", run, place, part]:
-                params["runs"] = runs
-                runs[int(run)][int(place)][part] = value
+            case ["stacks", number, part]:
+                stacks.setdefault(int(number), {})[part] = value
             case _:
                 params[name] = value
+    if stacks:
+        params["stacks"] = [stacks[number] for number in sorted(stacks)]
     return params
 
 
@@ -100,9 +108,10 @@ def abstract(arch: ArchSpec, shapes: dict[str, jax.ShapeDtypeStruct], split: Spl
     for name, shape in shapes.items():
         layer, part = split_name(name)
         if layer in places:
-            stack, _, repeats = places[layer]
+            stack = places[layer][0]
+            length = sum(other == stack for other, _ in places.values())
             spec = PartitionSpec(None, *(shape.sharding.spec if split.size > 1 else ()))
-            flat[f"{stack}.{part}"] = split.shape((repeats, *shape.shape), shape.dtype, spec)
+            flat[f"stacks.{stack}.{part}"] = split.shape((length, *shape.shape), shape.dtype, spec)
         else:
             flat[name] = shape
     return tree(arch, flat)

@@ -2,9 +2,10 @@
 
 Programs are raw bytes of the runtime that made them and are trusted as code: a folder or file that another user owns,
 or that others may write, is not read. The manifest says what the programs were built for (`key`, text by field), how
-many KV pages they take, and of each program its size, its sha256, a digest of the arguments' shapes and the tree of
-its results. It is written last, and the whole folder is renamed into place. Nothing here knows a framework:
-backends/jax/aot.py fills the key and runs the programs; engine/core/start.py takes the page counts.
+many KV pages they take and how many bytes beside weights and pages, and of each program its size, its sha256, a digest
+of the arguments' shapes and the tree of its results. It is written last, and the whole folder is renamed into place.
+Nothing here knows a framework: backends/jax/aot.py fills the key and runs the programs; engine/core/start.py takes the
+page counts.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Entry:
 class Manifest:
     key: dict[str, str]  # field -> what the programs were built for
     num_pages: tuple[int, ...]  # of each pool, the null page included
+    workspace_bytes: int  # that steps take of a device beside weights and pages
     programs: dict[str, Entry]  # by name; the file is name + ".pjrt"
 
 
@@ -71,7 +73,11 @@ def canonical(value: Any) -> bytes:
 
 
 def write(
-    folder: Path, key: Mapping[str, str], num_pages: tuple[int, ...], programs: Iterable[tuple[str, bytes, str, Any]]
+    folder: Path,
+    key: Mapping[str, str],
+    num_pages: tuple[int, ...],
+    programs: Iterable[tuple[str, bytes, str, Any]],
+    workspace_bytes: int = 0,
 ) -> Manifest:
     """Write the bundle `folder`. programs: (name, bytes, digest of arguments, tree of results). Raises ConfigError."""
     check_target(folder)
@@ -83,10 +89,11 @@ def write(
         for name, data, args, out in programs:
             write_file(partial / f"{name}.pjrt", data)
             entries[name] = Entry(size=len(data), sha256=digest(data), args=args, out=out)
-        manifest = Manifest(key=dict(key), num_pages=num_pages, programs=entries)
+        manifest = Manifest(key=dict(key), num_pages=num_pages, workspace_bytes=workspace_bytes, programs=entries)
         body = {
             "key": manifest.key,
             "num_pages": list(num_pages),
+            "workspace_bytes": workspace_bytes,
             "programs": {
                 name: {"size": entry.size, "sha256": entry.sha256, "args": entry.args, "out": entry.out}
                 for name, entry in entries.items()
@@ -146,7 +153,7 @@ def read_manifest(folder: Path) -> Manifest:
         refuse(path, "not the manifest of a bundle of executables")
     if document.get("version") != VERSION:
         refuse(path, f"format version {document.get('version')!r}, this twinfer reads {VERSION}")
-    body = {name: document.get(name) for name in ("key", "num_pages", "programs")}
+    body = {name: document.get(name) for name in ("key", "num_pages", "workspace_bytes", "programs")}
     if document.get("sha256") != digest(canonical(body)):
         refuse(path, "its sha256 does not match")
     return parse(path, body)
@@ -159,10 +166,12 @@ def parse(path: Path, body: dict[str, Any]) -> Manifest:
         refuse(path, "key is not an object of texts")
     if not isinstance(pages, list) or not pages or not all(type(n) is int and n > 1 for n in pages):
         refuse(path, "num_pages is not a list of page counts")
+    if type(body["workspace_bytes"]) is not int or body["workspace_bytes"] < 0:
+        refuse(path, "workspace_bytes is not a number of bytes")
     if not isinstance(programs, dict) or not programs:
         refuse(path, "programs is not an object")
     entries = {name: parse_entry(path, name, entry) for name, entry in programs.items()}
-    return Manifest(key=key, num_pages=tuple(pages), programs=entries)
+    return Manifest(key=key, num_pages=tuple(pages), workspace_bytes=body["workspace_bytes"], programs=entries)
 
 
 def parse_entry(path: Path, name: str, entry: Any) -> Entry:

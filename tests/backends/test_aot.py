@@ -252,7 +252,7 @@ def seal(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change a manifest and give it the digest that fits."""
     document = json.loads((folder / MANIFEST).read_text())
     change(document)
-    body = {name: document[name] for name in ("key", "num_pages", "programs")}
+    body = {name: document[name] for name in ("key", "num_pages", "workspace_bytes", "programs")}
     (folder / MANIFEST).write_text(json.dumps(document | {"sha256": digest(canonical(body))}))
 
 
@@ -392,6 +392,7 @@ def test_a_cut_or_missing_file_is_refused_by_name(copied: Path) -> None:
         (lambda d: d.update(version=2), "format version 2, this twinfer reads 1"),
         (lambda d: d.update(key=[]), "key is not an object of texts"),
         (lambda d: d.update(num_pages=[0]), "num_pages is not a list of page counts"),
+        (lambda d: d.update(workspace_bytes=-1), "workspace_bytes is not a number of bytes"),
         (lambda d: d.update(programs={}), "programs is not an object"),
         (lambda d: d["programs"].update({"../x": d["programs"]["fresh"]}), "program '../x' is not well formed"),
         (lambda d: d["programs"]["fresh"].update(size="1"), "program 'fresh' is not well formed"),

@@ -109,7 +109,7 @@ def test_llama_8b_fits_one_v6e() -> None:
     assert plan.parts["weights"] == 2 * 8_030_261_248
     assert plan.resolved.kv_bytes_per_token == 2 * 32 * 8 * 128 * 2
     assert plan.resolved.runner.page_tokens == (128,)
-    assert 11 * GIB < plan.kv_cache_bytes < 12 * GIB
+    assert 12.06 * GIB < plan.kv_cache_bytes < 12.07 * GIB
     assert plan.largest_context == plan.max_model_len == 98688
     assert plan.largest_batch == 98688 // 4096 and plan.context == 4096
     assert any("the model length is 98688" in note for note in plan.notes)
