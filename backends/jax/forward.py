@@ -6,7 +6,6 @@ Letters: T tokens · S rows · D width · V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -42,7 +41,7 @@ class Traits:
     null_slot: int
     block_rows: int  # rows of logits computed at once
     ranks: int = 1  # devices that share every layer
-    stacks: Mapping[int, tuple[int, int]] = field(default_factory=dict)  # where a layer's stacked weights lie
+    stacks: dict[int, tuple[int, int]] = field(default_factory=dict)  # where a layer's stacked weights lie
 
 
 @dataclass(frozen=True, slots=True)
