@@ -49,7 +49,7 @@ def cache_bytes(pages: int, ranks: int) -> int:
 
 
 def test_one_chip() -> None:
-    """No scratch grows with the cache (1 % is let pass); each program takes its memory over, and needs what was planned."""
+    """No scratch grows with the cache (1 % is let pass), which each takes over; none needs more than was planned."""
     few, config, params, split = made("v6e", 1, 16)
     many, *_ = made("v6e", 1, 256)
     planned = workspace_bytes(config, params, split)
