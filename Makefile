@@ -20,7 +20,7 @@ test-all: test
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m slow tests --ignore tests/kernels
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m slow tests/kernels
 
-# torch-xla wants a torch of its own: an environment of 8 GB, most of it CUDA libraries that torch's wheel will not start without
+# torch-xla wants a torch of its own: 8 GB, most of it CUDA libraries that torch's wheel does not start without
 test-torch-xla: $(XLA_VENV)/.test
 	$(TEST_ENV) PJRT_DEVICE=CPU $(XLA_VENV)/bin/python -m pytest tests/backends/test_conformance_xla.py tests/backends/test_xla.py
 

@@ -87,14 +87,31 @@ class Limits:
         return jnp.where(seen, scores, MASKED)
 
 
-def write(k: Array, v: Array, cache: Array, layer_index: int, page: Array, offset: Array) -> Array:
+def write(k: Array, v: Array, cache: Array, layer_index: int | Array, page: Array, offset: Array) -> Array:
     """Put keys and values of T tokens at (page, offset). k, v: [T, K, H]; page, offset: i32 [T]."""
     both = jnp.stack((k, v), axis=1)  # [T, 2, K, H]
     both = jnp.where(jnp.isfinite(both), both, 0)  # a masked key has weight 0, and 0 * NaN would reach other rows
     if cache.dtype == jnp.uint16:
         both = lax.bitcast_convert_type(both.astype(jnp.bfloat16), jnp.uint16)
+    both = both.astype(cache.dtype)
+    return lax.platform_dependent(cache, both, layer_index, page, offset, cpu=put_each, default=put_all)
+
+
+def put_all(cache: Array, both: Array, layer_index: Array, page: Array, offset: Array) -> Array:
+    """both: [T, 2, K, H], as stored."""
     # advanced indexes apart from each other move to the front: the value is [T, 2, K, H]
-    return cache.at[layer_index, page, :, :, offset].set(both.astype(cache.dtype), mode="promise_in_bounds")
+    return cache.at[layer_index, page, :, :, offset].set(both, mode="promise_in_bounds")
+
+
+def put_each(cache: Array, both: Array, layer_index: Array, page: Array, offset: Array) -> Array:
+    """The same, a token a turn: XLA:CPU copies the whole pool twice around that scatter (8 layers of 4 MB: 50 ms)."""
+
+    def put(token: Array, cache: Array) -> Array:
+        return lax.dynamic_update_slice(
+            cache, both[token][None, None, :, :, None], (layer_index, page[token], 0, 0, offset[token], 0)
+        )
+
+    return lax.fori_loop(0, len(both), put, cache)
 
 
 def read(cache: Array, layer_index: int, pages: Array) -> tuple[Array, Array]:

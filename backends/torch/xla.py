@@ -18,6 +18,7 @@ from torch_xla.core import xla_builder, xla_op_registry
 
 from backends.torch.weights import KV_DTYPES
 from backends.torch.xla_batch import Shape
+from engine.errors import ConfigError
 from engine.specs.cache import CacheLayout
 from pallas_kernels import dispatch
 
@@ -102,11 +103,14 @@ def make_shape(tokens: int, rows: int, groups: int) -> Shape:
 
 
 def make_caches(layout: CacheLayout, kernels: Sequence[str], device: torch.device) -> list[Tensor]:
-    """One a pool. kernels: one a group."""
+    """One a pool. kernels: one a group. Raises ConfigError for pages that a kernel does not take."""
     caches = []
     for index, pool in enumerate(layout.pools):
         kernel = next(k for k, group in zip(kernels, layout.groups, strict=True) if group.pool == index)
         sizes = (pool.num_layers, pool.num_pages, pool.page_tokens, pool.num_kv_heads, pool.head_size)
-        shape = dispatch.cache_shape(kernel, *sizes)
+        try:
+            shape = dispatch.cache_shape(kernel, *sizes)
+        except ValueError as error:
+            raise ConfigError(f"--block-size: {error}") from error
         caches.append(torch.zeros(shape, dtype=KV_DTYPES[layout.kv_dtype], device=device))
     return caches

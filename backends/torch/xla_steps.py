@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch_xla
 from torch import Tensor
+from torch_xla.backends import set_mat_mul_precision
 from torch_xla.debug import metrics
 
 from backends.torch.eager import EagerSteps
@@ -57,6 +58,8 @@ class XlaSteps(EagerSteps):
         if not isinstance(tables, PaddedTables):
             fail("torch-xla needs padded tables")
         self._tables = tables
+        if config.dtype == "float32":  # a TPU would round inputs of products to bfloat16
+            set_mat_mul_precision("highest")
         self._bridge = Bridge(platform, config.dtype)
         self._kernels = choose_kernels(loaded.layout, platform)
         layers = max(pool.num_layers for pool in loaded.layout.pools)

@@ -150,6 +150,11 @@ def test_a_tpu_gets_the_pallas_kernels() -> None:
     assert len(calls) == 2 and all("output_to_operand_aliasing" in line for line in calls)
 
 
+def test_pages_that_a_tpu_does_not_take(d: Driver) -> None:
+    with pytest.raises(ConfigError, match=r"--block-size: pages of 16 tokens.*128"):
+        xla.make_caches(d.layout, ["tpu"], torch.device("cpu"))
+
+
 def test_what_it_cannot_do_is_refused_by_name() -> None:
     info = Runner().describe("xla")
     assert info.bucket_style == "pow2" and info.kind == "cpu" and "torch-xla" in info.name
