@@ -15,7 +15,7 @@ from functools import partial
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels import cpu_attention, cpu_gemm, cpu_layer, cpu_linear, tpu_attention
+from pallas_kernels import cpu_attention, cpu_gemm, cpu_layer, cpu_linear, gpu_attention, tpu_attention
 from pallas_kernels import paged_attention as plain
 from pallas_kernels.cpu_library import library
 
@@ -32,7 +32,7 @@ class Work:
     Row r owns tokens [query_starts[r], query_starts[r] + num_new[r]) of the step, at positions from num_computed[r] on.
     """
 
-    kernel: str  # "plain" | "cpu" | "tpu" | "tpu_interpreted"
+    kernel: str  # "plain" | "cpu" | "gpu" | "tpu" | "tpu_interpreted"
     page_tokens: int
     num_rows: Array  # i32 []
     page_table: Array  # i32 [S, max_pages]
@@ -129,6 +129,8 @@ def choose_kernel(platform: str, head_size: int) -> str:
     """platform: "cpu" | "gpu" | "tpu"."""
     if platform == "tpu":
         return "tpu"
+    if platform == "gpu" and gpu_attention.available(head_size):
+        return "gpu"
     return "cpu" if platform == "cpu" and cpu_attention.available(head_size) else "plain"
 
 
@@ -200,6 +202,8 @@ def paged_attention(
     if cache.shape[2:] != (2, kv_heads, work.page_tokens, size):
         raise ValueError(f"cache {cache.shape} does not hold pages of {work.page_tokens} tokens of k {k.shape}")
     attend = cpu_attention.paged_attention if work.kernel == "cpu" else plain.paged_attention
+    if work.kernel == "gpu":
+        attend = partial(plain.paged_attention, decode=gpu_attention.attend_decode)
     return attend(
         q,
         k,

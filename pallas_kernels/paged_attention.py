@@ -8,6 +8,8 @@ Letters: T tokens · S rows · N query heads · K KV heads · G = N / K · H hea
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -38,16 +40,28 @@ def paged_attention(
     scale: float,
     window: int | None,
     logit_cap: float | None,
+    decode: Callable[..., Array] | None = None,
 ) -> tuple[Array, Array]:
-    """Arguments as dispatch.paged_attention and dispatch.Work have them."""
+    """Arguments as dispatch.paged_attention and dispatch.Work have them. decode: a kernel for rows of one new token."""
     del num_rows  # padding rows have num_new == 0
     cache = write(k, v, cache, layer_index, write_page, write_offset)
     tokens, heads, size = q.shape
+    narrow = q
     q = q.astype(jnp.float32).reshape(tokens, k.shape[1], -1, size) * scale  # [T, K, G, H]
     rows = Rows(page_table, query_starts, num_new, num_computed)
     limits = Limits(window, logit_cap)
     out = jnp.zeros(q.shape, jnp.float32)
-    out = attend_decode(q, out, cache, layer_index, rows, limits, decode_order)
+    if decode is None:
+        out = attend_decode(q, out, cache, layer_index, rows, limits, decode_order)
+    else:
+        one = num_new == 1
+        mine = jnp.where(one, query_starts, 0)
+        found = decode(
+            narrow[mine], cache, layer_index, jnp.where(one, num_computed + 1, 0), page_table,
+            scale=scale, window=window, logit_cap=logit_cap,
+        )  # fmt: skip
+        target = jnp.where(one, query_starts, tokens)  # out of bounds: dropped
+        out = out.at[target].set(found.reshape(-1, *q.shape[1:]), mode="drop")
     if tokens > 1:
         tile = min(tokens, TILE_TOKENS)
         out = attend_tiles(q, out, cache, layer_index, rows, limits, (tile_rows, tile_starts, num_tiles, tile))
