@@ -203,7 +203,7 @@ def paged_attention(
         raise ValueError(f"cache {cache.shape} does not hold pages of {work.page_tokens} tokens of k {k.shape}")
     attend = cpu_attention.paged_attention if work.kernel == "cpu" else plain.paged_attention
     if work.kernel == "gpu":
-        attend = partial(plain.paged_attention, decode=gpu_attention.attend_decode)
+        attend = partial(plain.paged_attention, kernels=(gpu_attention.attend_decode, gpu_attention.attend_tiles))
     return attend(
         q,
         k,

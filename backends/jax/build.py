@@ -6,6 +6,7 @@ not here: libtpu compiles for it without one. Called by engine/entrypoints/compi
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 
 from backends.jax import compile_cache, mesh
@@ -49,12 +50,15 @@ class Builder:
         Of a host an eighth less: what is free there differs from start to start, and the pages are fixed from here on.
         """
         total, free = self.memory()
-        with compile_cache.disabled():
-            self._workspace = workspace_bytes(self._config, self.params, self.split)
         taken = self.weight_bytes() + self._workspace
         if self._target.platform == "cpu":
             return max(0, (free - taken) // mesh.HOST_SHARE // self.split.size * 7 // 8)
         return max(0, total - taken)
+
+    @cached_property
+    def _workspace(self) -> int:
+        with compile_cache.disabled():
+            return workspace_bytes(self._config, self.params, self.split)
 
     def build(self, layout: CacheLayout, folder: Path, progress: Progress) -> Built:
         programs = ProgramSet(self._config, layout, self.params, self.split).programs()

@@ -11,7 +11,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model_positional", nargs="?", metavar="MODEL", help="checkpoint (default: the toy model)")
     ahead = parser.add_argument_group("compile")
     ahead.add_argument("-o", "--output", required=True, metavar="BUNDLE", help="the new folder to write")
-    ahead.add_argument("--tpu", metavar="GENERATION", help="for one chip of v5e, v6e, v5p or tpu7x, with no TPU here")
+    ahead.add_argument(
+        "--tpu",
+        metavar="SLICE",
+        help="for v6e, or v6e:2x4 with --tensor-parallel-size 8: v5e, v6e, v5p or tpu7x, with no TPU here",
+    )
     ahead.add_argument("--config", metavar="FILE", help="YAML with the options below, under the command line")
     add_flags(parser, engine_flags())
 
