@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ahead.add_argument(
         "--tpu",
         metavar="SLICE",
-        help="for v6e, or v6e:2x4 with --tensor-parallel-size 8: v5e, v6e, v5p or tpu7x, with no TPU here",
+        help="for a TPU that is not here: v5e, v6e, v5p, tpu7x, or a slice as v6e:2x4",
     )
     ahead.add_argument("--config", metavar="FILE", help="YAML with the options below, under the command line")
     add_flags(parser, engine_flags())
