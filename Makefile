@@ -6,9 +6,10 @@ ARGS ?=
 # tests/kernels switches triton's interpreter on for its whole process: it never shares one with other tests
 # one BLAS thread a worker: two workers share two cores
 TEST_ENV := OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu TOKENIZERS_PARALLELISM=false
+XLA_VENV ?= build/torch-xla
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: serve test test-all static engine parity kernels server clean
+.PHONY: serve test test-all test-torch-xla static engine parity kernels server clean
 
 serve: $(VENV)/.core
 	$(BIN)/twinfer serve $(ARGS)
@@ -18,6 +19,10 @@ test: static engine parity kernels server
 test-all: test
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m slow tests --ignore tests/kernels
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m slow tests/kernels
+
+# torch-xla wants a torch of its own: 8 GB, most of it CUDA libraries that torch's wheel does not start without
+test-torch-xla: $(XLA_VENV)/.test
+	$(TEST_ENV) PJRT_DEVICE=CPU $(XLA_VENV)/bin/python -m pytest tests/backends/test_conformance_xla.py tests/backends/test_xla.py
 
 static: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -49,6 +54,11 @@ $(VENV)/.core: pyproject.toml $(VENV)/bin/python
 $(VENV)/.test: pyproject.toml tests/constraints.txt $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --constraint tests/constraints.txt --editable '.[test]'
 	touch $@ $(VENV)/.core
+
+$(XLA_VENV)/.test: pyproject.toml tests/constraints-torch-xla.txt
+	$(PYTHON) -m venv $(XLA_VENV)
+	$(XLA_VENV)/bin/python -m pip install --quiet --constraint tests/constraints-torch-xla.txt --editable '.[torch-xla]' pytest pytest-asyncio hypothesis
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

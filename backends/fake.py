@@ -1,8 +1,8 @@
 """A runner without a framework: deterministic, quick, and strict. It drives every test of the engine.
 
-`Runner` has every part of engine/runner.py and every Capability. It keeps real page tables and pages in numpy, reads
-every token that a row attends through them, and makes logits from a hash of what it read: a wrong page, slot, length or
-order changes the output or, where it can be told, raises InternalError at once. docs/contract.md has the rules.
+`Runner` has every part of engine/runner.py and every Capability of steps. It keeps real page tables and pages in numpy,
+reads every token that a row attends through them, and makes logits from a hash of what it read: a wrong page, slot,
+length or order changes the output or, where it can be told, raises InternalError at once. Rules: docs/contract.md.
 
 Always true: plans run in the order of submission; a plan's effect does not depend on when it is collected.
 """

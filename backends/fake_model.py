@@ -40,7 +40,7 @@ class FakeOptions:
     transfer_turns: int = 2
     fail_transfers: frozenset[int] = frozenset()
     memory_bytes: int = 1 << 30
-    capabilities: frozenset[Capability] = frozenset(Capability)
+    capabilities: frozenset[Capability] = frozenset(Capability) - {Capability.EXECUTABLES}
     max_in_flight: int = 2
     page_tokens: int = 16
     bucket_style: str = "pow2"

@@ -1,6 +1,7 @@
 """Kernels of the PyTorch backend on one GPU, each beside the limits of the same run.
 
     python -m bench.kernels [linear|passes|sampling|attention|persistent|quant] [options of the part]
+    python -m bench.kernels --tpu v6e [--write]     blocks of the TPU products by static cycles, with no TPU
 
 Prints the copy bandwidth and the rate of a large bf16 product, then calls the part (bench/kernels_<part>.py).
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from bench import tpu_tune
 from bench.ceilings import copy_bandwidth, linear_rate
 
 
@@ -34,6 +36,8 @@ def parts() -> dict[str, Callable[[list[str], float], object]]:
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["--tpu"]:
+        return tpu_tune.main(sys.argv[2:])
     every, given = parts(), sys.argv[1:]
     wanted, options = ([given[0]], given[1:]) if given and given[0] in every else (list(every), given)
     bandwidth, rate = copy_bandwidth(), linear_rate(8192, [(8192, 8192)], layers=4)

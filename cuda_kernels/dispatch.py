@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, cast
@@ -38,6 +38,7 @@ class Work:
     write_at: Tensor  # i64 [T] page * page_tokens + offset of each token
     index: Tensor  # i64 [T] each token's index in its sequence
     one_call: bool = False  # decode_attention takes this step; `decodes` is empty then
+    attention: Callable[..., tuple[Tensor, Tensor]] | None = None  # takes every step in place of the kernels here
     decodes: tuple[plain.Gather | plain.Span, ...]  # rows with one new token, those that are gathered in groups
 
 
@@ -191,6 +192,8 @@ def paged_attention(
     kv_heads = k.shape[1]
     if k.shape != v.shape or k.shape != (tokens, kv_heads, size) or heads % kv_heads:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not belong together")
+    if work.attention is not None:
+        return work.attention(q, k, v, cache, layer_index, scale=scale, window=window, logit_cap=logit_cap)
     if cache.shape[1:3] != (2, kv_heads) or cache.shape[4] != size:
         raise ValueError(f"cache {tuple(cache.shape)} does not hold k {tuple(k.shape)}")
     out = plain.paged_attention(

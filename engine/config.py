@@ -67,7 +67,8 @@ class EngineConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     backend: str = "auto"  # auto | jax | torch | fake
-    device: str = "auto"  # auto | cpu | cuda | tpu
+    device: str = "auto"  # auto | cpu | cuda | tpu | xla
     attention_backend: str = "auto"  # auto | TRITON_ATTN | FLASHINFER (attention of long steps on a GPU)
     batch_invariant: bool = False  # a request's tokens and logprobs are bitwise the same alone and in any batch
+    executables: str | None = None  # folder that twinfer compile wrote: its programs are loaded, none is compiled
     log_stats: bool = True

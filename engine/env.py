@@ -28,6 +28,7 @@ VARIABLES = (
     Variable("HF_HUB_OFFLINE", "1 = never ask the hub"),
     Variable("HF_ENDPOINT", "another hub"),
     Variable("JAX_PLATFORMS", "which platform jax takes: cpu, cuda or tpu"),
+    Variable("PJRT_DEVICE", "what --device xla runs on: CPU or TPU; by default what torch-xla finds"),
     Variable("CUDA_VISIBLE_DEVICES", "which GPUs are seen"),
 )
 

@@ -16,6 +16,7 @@ from engine.runner import Capability, DeviceInfo, RunnerConfig, SamplerLimits
 from engine.specs.arch import ArchSpec
 from engine.specs.cache import CacheLayout, GroupKind, GroupLayout, GroupSpec, PoolLayout, cache_groups
 from engine.specs.families.quantization import at_load
+from engine.specs.parallel import check_parallel
 
 UNIT_TOKENS = 16
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8_e4m3": 1}
@@ -49,11 +50,14 @@ def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolve
     kv_dtype = resolve_kv_dtype(config.cache.kv_cache_dtype, dtype, device)
     if config.batch_invariant:
         check_invariant(config, arch, device)
+    if config.executables is not None:
+        check_executables(config, device)
     attention = resolve_attention(config, arch, device, dtype, kv_dtype)
     max_model_len = resolve_model_len(config.model.max_model_len, arch)
     seqs, batched = resolve_batch(config, device, max_model_len)
     page = resolve_page(config.cache.block_size, device)
-    groups = cache_groups(arch)
+    groups, ranks = cache_groups(arch), config.parallel.tensor_parallel_size
+    check_tensor(ranks, arch, device)
     row_buckets, token_buckets = resolve_buckets(device, seqs, batched)
     runner = RunnerConfig(
         arch=arch,
@@ -72,6 +76,8 @@ def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolve
         device=config.device,
         attention_backend=attention,
         batch_invariant=config.batch_invariant,
+        tensor_size=ranks,
+        executables=config.executables or "",
     )
     return Resolved(
         runner=runner,
@@ -80,7 +86,7 @@ def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolve
         max_num_batched_tokens=batched,
         max_model_len=max_model_len,
         max_model_len_given=config.model.max_model_len not in (None, AUTO),
-        kv_bytes_per_token=sum(g.bytes_per_token(DTYPE_BYTES[kv_dtype]) for g in groups),
+        kv_bytes_per_token=sum(g.bytes_per_token(DTYPE_BYTES[kv_dtype], ranks) for g in groups),
         notes=notes,
     )
 
@@ -89,7 +95,6 @@ def refuse_unsupported(config: EngineConfig) -> None:
     """Options that are known by name and not built yet are refused, never ignored."""
     parallel = config.parallel
     for flag, value in (
-        ("--tensor-parallel-size", parallel.tensor_parallel_size),
         ("--pipeline-parallel-size", parallel.pipeline_parallel_size),
         ("--data-parallel-size", parallel.data_parallel_size),
     ):
@@ -104,6 +109,16 @@ def refuse_unsupported(config: EngineConfig) -> None:
     if not 0 < config.cache.gpu_memory_utilization <= 1:
         raise ConfigError(
             f"--gpu-memory-utilization: {config.cache.gpu_memory_utilization} is not accepted; expected > 0 and <= 1"
+        )
+
+
+def check_tensor(size: int, arch: ArchSpec, device: DeviceInfo) -> None:
+    """Whether every layer can be split over so many devices of this process."""
+    check_parallel(arch, size)
+    if size > device.num_devices:
+        raise ConfigError(
+            f"--tensor-parallel-size: {size} is more than the {device.num_devices} devices that this backend drives "
+            f"({device.name}); expected at most {device.num_devices}"
         )
 
 
@@ -193,6 +208,22 @@ def check_invariant(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) ->
         )
 
 
+def check_executables(config: EngineConfig, device: DeviceInfo) -> None:
+    """Raise ConfigError where --executables cannot be followed."""
+    if not config.executables:
+        raise ConfigError("--executables: '' is not accepted; expected the folder that twinfer compile wrote")
+    if Capability.EXECUTABLES not in device.capabilities:
+        raise ConfigError(
+            f"--executables: not supported by this backend on {device.name}; use --backend jax, or leave it out"
+        )
+    for flag, value in (
+        ("--num-gpu-blocks-override", config.cache.num_gpu_blocks_override),
+        ("--kv-cache-memory-bytes", config.cache.kv_cache_memory_bytes),
+    ):
+        if value is not None:
+            raise ConfigError(f"{flag}: {value} does not work with --executables, which fix the KV pages; leave it out")
+
+
 def resolve_model_len(given: int | None, arch: ArchSpec) -> int:
     """The model's own length, or a shorter one; a longer one is refused: positions would be out of training."""
     if given is None or given == AUTO:
@@ -258,22 +289,27 @@ def powers_to(first: int, last: int, factor: int = 2) -> tuple[int, ...]:
     return (*values, last)
 
 
-def plan_cache(config: EngineConfig, resolved: Resolved, budget_bytes: int) -> tuple[CacheLayout, int, tuple[str, ...]]:
+def plan_cache(
+    config: EngineConfig, resolved: Resolved, budget_bytes: int, num_pages: tuple[int, ...] | None = None
+) -> tuple[CacheLayout, int, tuple[str, ...]]:
     """(layout, max_model_len, notes): page counts from the bytes left for KV.
 
-    The length shrinks to the longest that one request can hold when the user gave none. Raises ConfigError with the
-    numbers when even that is too little, or when the given length does not fit.
+    The length shrinks to the longest that one request can hold when the user gave none. num_pages: of each pool, where
+    executables fix them. Raises ConfigError with the numbers when even that is too little, or when the given length or
+    the fixed pages do not fit.
     """
     runner, groups = resolved.runner, resolved.groups
     pool_of, pools = share_pools(groups)
     page = runner.page_tokens[0]
-    page_bytes = [g.bytes_per_token(DTYPE_BYTES[runner.kv_dtype]) * page for g in pools]
+    page_bytes = [g.bytes_per_token(DTYPE_BYTES[runner.kv_dtype], runner.tensor_size) * page for g in pools]
     override, given = config.cache.num_gpu_blocks_override, config.cache.kv_cache_memory_bytes
     budget = budget_bytes if given is None else given
 
     def sequences_of(length: int) -> float:
         """How many sequences of a length fit."""
         need = pages_of(resolved, length)
+        if num_pages is not None:
+            return min((n - 1) / m for n, m in zip(num_pages, need, strict=True))
         if override is not None:
             return override / max(need)
         return (budget - sum(page_bytes)) / sum(n * b for n, b in zip(need, page_bytes, strict=True))
@@ -293,10 +329,10 @@ def plan_cache(config: EngineConfig, resolved: Resolved, budget_bytes: int) -> t
         groups=tuple(GroupLayout(spec=g, pool=pool_of[i], page_tokens=page) for i, g in enumerate(groups)),
         pools=tuple(
             PoolLayout(
-                num_pages=max(2, int(need[p] * sequences)) + 1,  # + 1: the null page
+                num_pages=max(2, int(need[p] * sequences)) + 1 if num_pages is None else num_pages[p],  # + 1: null page
                 page_bytes=page_bytes[p],
                 num_layers=len(g.layers),
-                num_kv_heads=g.num_kv_heads,
+                num_kv_heads=max(1, g.num_kv_heads // runner.tensor_size),
                 head_size=g.head_size,
                 page_tokens=page,
             )
@@ -305,7 +341,22 @@ def plan_cache(config: EngineConfig, resolved: Resolved, budget_bytes: int) -> t
         unit_tokens=UNIT_TOKENS,
         kv_dtype=runner.kv_dtype,
     )
+    if num_pages is not None:
+        check_fixed_pages(config, layout, budget)
     return layout, length, tuple(notes)
+
+
+def check_fixed_pages(config: EngineConfig, layout: CacheLayout, budget: int) -> None:
+    """Raise ConfigError where memory does not hold the pages that executables were built for."""
+    asked = sum(pool.num_pages * pool.page_bytes for pool in layout.pools)
+    if asked > budget:
+        pages = " + ".join(str(pool.num_pages - 1) for pool in layout.pools)
+        fewer = max(1, int((layout.pools[0].num_pages - 1) * budget / asked) - 1)
+        raise ConfigError(
+            f"--executables: {config.executables} was built for {pages} KV pages, {asked / GIB:.2f} GiB, and "
+            f"{budget / GIB:.2f} GiB are left; free memory, or build it again with twinfer compile "
+            f"--num-gpu-blocks-override {fewer}"
+        )
 
 
 def longest_length(resolved: Resolved, fits: Callable[[int], bool]) -> int:
@@ -318,6 +369,9 @@ def longest_length(resolved: Resolved, fits: Callable[[int], bool]) -> int:
 def shortage(config: EngineConfig, resolved: Resolved, budget: int, length: int) -> tuple[str, str]:
     """(what does not fit, what to raise). length: the longest that fits."""
     wanted, override = resolved.max_model_len, config.cache.num_gpu_blocks_override
+    if config.executables is not None:
+        fits = f"the KV pages of {config.executables} hold {length} tokens, --max-model-len is {wanted}"
+        return fits, "build the executables again with more pages (--num-gpu-blocks-override)"
     if override is not None:
         need = max(pages_of(resolved, wanted))
         fits = f"{override} pages of KV cache hold {length} tokens, --max-model-len {wanted} needs {need}"
@@ -344,7 +398,9 @@ def kv_bytes_of(resolved: Resolved, length: int) -> int:
     pools, page = share_pools(resolved.groups)[1], resolved.runner.page_tokens[0]
     item = DTYPE_BYTES[resolved.runner.kv_dtype]
     pages = pages_of(resolved, length)
-    return sum((n + 1) * g.bytes_per_token(item) * page for n, g in zip(pages, pools, strict=True))
+    return sum(
+        (n + 1) * g.bytes_per_token(item, resolved.runner.tensor_size) * page for n, g in zip(pages, pools, strict=True)
+    )
 
 
 def share_pools(groups: tuple[GroupSpec, ...]) -> tuple[list[int], list[GroupSpec]]:

@@ -36,6 +36,7 @@ class Capability(Enum):
     REPLICAS = "replicas"  # more than one plan a submit
     POOLING = "pooling"
     BATCH_INVARIANT = "batch_invariant"  # RunnerConfig.batch_invariant
+    EXECUTABLES = "executables"  # RunnerConfig.executables
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +95,7 @@ class RunnerConfig:
     row_buckets: tuple[int, ...]  # S, ascending
     max_batched_tokens: int = 2048  # most tokens of a step, buckets or not
     num_replicas: int = 1
+    tensor_size: int = 1  # devices of this process that share every layer
     max_in_flight: int = 2
     sampler_limits: SamplerLimits = field(default_factory=SamplerLimits)
     load_format: str = "auto"  # "auto" | "safetensors" | "orbax" | "dummy"
@@ -102,6 +104,7 @@ class RunnerConfig:
     attention_backend: str = "auto"  # or one of DeviceInfo.attention_backends
     batch_invariant: bool = False  # what a row gives depends on nothing but its own sequence, bit by bit
     num_threads: int = 0  # host threads a CPU backend may use, 0 = all
+    executables: str = ""  # folder of `twinfer compile` to load programs from, "" = compile
 
 
 class StepHandle(Protocol):
@@ -115,7 +118,7 @@ ON_DEMAND = "on_demand"
 """The part of a memory plan that is allocated when requests ask for it: tables of biases, a sampler's copies."""
 
 Progress = Callable[[str, int, int], None]
-"""(phase, done, total): "weights" in bytes, "warm_up" in programs. Called from the runner's own thread."""
+"""(phase, done, total): "weights" in bytes, the others in programs. Called from the runner's own thread."""
 
 
 class ModelRunner(Protocol):
@@ -148,7 +151,7 @@ class ModelRunner(Protocol):
         """Compile (or capture) every program of the configured buckets. No compile may happen after this."""
 
     def num_compiles(self) -> int:
-        """Programs compiled so far; must not grow after warm_up."""
+        """Programs compiled so far, without those loaded from a bundle; must not grow after warm_up."""
 
     def submit(self, plans: Sequence[StepPlan]) -> StepHandle:
         """Start one step (one plan per data replica, same step_id and bucket) and return at once.
@@ -200,7 +203,38 @@ class CheckpointWriter(Protocol):
         """Write every parameter under `target`, in bounded memory."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """A bundle that was written."""
+
+    num_programs: int
+    num_bytes: int
+    key: dict[str, str]  # field -> what the programs were built for
+
+
+class ExecutableBuilder(Protocol):
+    """What `twinfer compile` drives, in this order: a runner's shapes and programs without weights or steps."""
+
+    def describe(self, device: str, tpu: str | None) -> DeviceInfo:
+        """device: --device; tpu: --tpu, a device that is not here. Raises ConfigError."""
+
+    def configure(self, config: RunnerConfig) -> None: ...
+
+    def cache_budget_bytes(self) -> int:
+        """As ModelRunner's, with the weights counted as if they were loaded."""
+
+    def build(self, layout: CacheLayout, folder: Path, progress: Progress) -> Built:
+        """Compile every program and write the new folder. progress: "programs" """
+
+
+BUILDERS = {"jax": "backends.jax.build"}
 WRITERS = {"orbax": "backends.jax.orbax"}
+
+
+def load_builder(name: str) -> ExecutableBuilder:
+    """The builder of a backend's executables; a dynamic import as load_runner's."""
+    builder: ExecutableBuilder = import_module(BUILDERS[name]).Builder()
+    return builder
 
 
 def load_writer(name: str) -> CheckpointWriter:

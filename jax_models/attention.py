@@ -13,7 +13,7 @@ from jax import Array
 
 from engine.specs import arch
 from jax_models.layers import rms_norm, rotate
-from jax_models.linear import linear
+from jax_models.linear import linear, linear_sum
 from pallas_kernels.dispatch import Work, paged_attention
 
 
@@ -40,7 +40,7 @@ class Attention(nnx.Module):
             q, k, v, cache, layer_index, work, scale=spec.scale, window=spec.window, logit_cap=spec.logit_cap
         )
         out = out.reshape(x.shape[0], spec.num_heads * spec.head_size)
-        return linear(out, self.o, self.o_bias), cache
+        return linear_sum(out, self.o, self.o_bias), cache
 
     def turned(self, x: Array, cos: Array | None, sin: Array | None) -> tuple[Array, Array, Array]:
         """x: [T, D] -> q [T, N, H], k and v [T, K, H], normed and turned."""

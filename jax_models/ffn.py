@@ -10,7 +10,7 @@ from jax import Array
 
 from engine.specs import arch
 from jax_models.layers import ACTIVATIONS
-from jax_models.linear import linear
+from jax_models.linear import linear, linear_sum
 
 
 class GatedFfn(nnx.Module):
@@ -27,4 +27,4 @@ class GatedFfn(nnx.Module):
         """x: [T, D] -> [T, D]."""
         gate, up = jnp.split(linear(x, self.gate_up, self.gate_up_bias), 2, axis=-1)
         hidden = ACTIVATIONS[self.spec.activation](gate) * up
-        return linear(hidden, self.down, self.down_bias)
+        return linear_sum(hidden, self.down, self.down_bias)

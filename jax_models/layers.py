@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from engine.specs.arch import ArchSpec
-from pallas_kernels.dispatch import linear_f32
+from pallas_kernels.dispatch import linear_f32, take_split_rows
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -39,11 +39,7 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 def embed(token_ids: Array, table: Array, scale: float) -> Array:
     """Rows of the table, times scale rounded to the table's dtype. token_ids: i32 [T] in [0, V); table: [V, D]."""
-    if table.dtype == jnp.bfloat16:
-        # XLA:CPU widens a whole bfloat16 operand of a gather to float32; bits as uint16 are left alone.
-        rows = lax.bitcast_convert_type(lax.bitcast_convert_type(table, jnp.uint16)[token_ids], jnp.bfloat16)
-    else:
-        rows = table[token_ids]
+    rows = take_split_rows(table, token_ids)
     return rows if scale == 1.0 else rows * jnp.asarray(scale, table.dtype)
 
 

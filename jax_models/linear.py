@@ -12,6 +12,17 @@ from jax import Array
 from pallas_kernels import dispatch
 
 
+def linear_sum(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """As linear, where x and weight are a rank's inputs: what the ranks give is added, then the bias.
+
+    x: [T, I / ranks]; weight: [O, I / ranks]; bias: [O].
+    """
+    if not dispatch.is_split():
+        return linear(x, weight, bias)
+    total = dispatch.sum_ranks(dispatch.linear_f32(x, weight))
+    return (total if bias is None else total + bias.astype(jnp.float32)).astype(x.dtype)
+
+
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """x @ weight.T + bias, of x's dtype. x: [T, I]; weight: [O, I]; bias: [O]."""
     if bias is None:

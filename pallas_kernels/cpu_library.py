@@ -15,14 +15,17 @@ import jax
 TARGETS = ("twinfer_cpu_attention", "twinfer_cpu_linear", "twinfer_cpu_gemm", "twinfer_cpu_layer")
 
 
+def path() -> Path:
+    return Path(__file__).parent / "prebuilt" / f"libtwinfer_cpu-{platform.machine()}.so"
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The library with its targets registered, or None where it cannot run."""
-    path = Path(__file__).parent / "prebuilt" / f"libtwinfer_cpu-{platform.machine()}.so"
-    if platform.system() != "Linux" or not path.exists():
+    if platform.system() != "Linux" or not path().exists():
         return None
     try:
-        loaded = ctypes.CDLL(str(path))
+        loaded = ctypes.CDLL(str(path()))
         for target in TARGETS:
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(loaded, target)), platform="cpu")
     except (OSError, AttributeError, RuntimeError):  # another C library, or another jax.ffi interface version

@@ -6,17 +6,21 @@ Letters: T tokens · S rows · N query heads · K KV heads · H head size · L l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels import cpu_attention, cpu_gemm, cpu_layer, cpu_linear
+from pallas_kernels import cpu_attention, cpu_gemm, cpu_layer, cpu_linear, gpu_attention, tpu_attention
 from pallas_kernels import paged_attention as plain
 from pallas_kernels.cpu_library import library
 
+RANKS: ContextVar[str | None] = ContextVar("RANKS", default=None)
+"""The mesh axis of the program that is being traced, None: one device has all."""
 TILE_TOKENS = 128
 """Query tokens of one prefill tile of the plain kernel."""
 
@@ -28,7 +32,7 @@ class Work:
     Row r owns tokens [query_starts[r], query_starts[r] + num_new[r]) of the step, at positions from num_computed[r] on.
     """
 
-    kernel: str  # "plain" | "cpu"
+    kernel: str  # "plain" | "cpu" | "gpu" | "tpu" | "tpu_interpreted"
     page_tokens: int
     num_rows: Array  # i32 []
     page_table: Array  # i32 [S, max_pages]
@@ -41,6 +45,7 @@ class Work:
     tile_rows: Array  # i32 [tiles] row of each prefill tile
     tile_starts: Array  # i32 [tiles] first token of each prefill tile
     num_tiles: Array  # i32 []
+    lists: tpu_attention.Rounds | None = None  # of the tpu kernels
 
 
 def linear(x: Array, weight: Array) -> Array:
@@ -70,6 +75,51 @@ def linear_f32(x: Array, weight: Array) -> Array:
     return plain_linear(x, weight)
 
 
+@contextmanager
+def split_over(axis: str) -> Iterator[None]:
+    """While a program is traced inside: it is one rank's, and the ranks are the mesh axis `axis`."""
+    token = RANKS.set(axis)
+    try:
+        yield
+    finally:
+        RANKS.reset(token)
+
+
+def is_split() -> bool:
+    return RANKS.get() is not None
+
+
+def sum_ranks(x: Array) -> Array:
+    """The sum over all ranks."""
+    return lax.psum(x, RANKS.get())
+
+
+def take_split_rows(table: Array, index: Array) -> Array:
+    """table[index] where each rank has a part of the table, [V / ranks, D], rows in order of ranks."""
+    axis = RANKS.get()
+    if axis is None:
+        return take_rows(table, index)
+    own = index - lax.axis_index(axis) * table.shape[0]
+    inside = (own >= 0) & (own < table.shape[0])
+    rows = take_rows(table, jnp.where(inside, own, 0))
+    return lax.psum(jnp.where(inside[:, None], rows, 0), axis)
+
+
+def take_rows(table: Array, index: Array) -> Array:
+    """table[index]. table: [V, D]; index: i32 [T]."""
+
+    def plain_take(table: Array, index: Array) -> Array:
+        return table[index]
+
+    def bits(table: Array, index: Array) -> Array:
+        # XLA:CPU widens a whole bfloat16 operand of a gather to float32; bits as uint16 are left alone
+        return lax.bitcast_convert_type(lax.bitcast_convert_type(table, jnp.uint16)[index], jnp.bfloat16)
+
+    if table.dtype == jnp.bfloat16:  # elsewhere the bits would be a copy of the table
+        return lax.platform_dependent(table, index, cpu=bits, default=plain_take)
+    return plain_take(table, index)
+
+
 def least_rows(platform: str, dtype: str) -> int:
     """Rows below which a product is padded: XLA:CPU multiplies a single bfloat16 row ten times slower than two."""
     return 2 if platform == "cpu" and dtype == "bfloat16" and library() is None else 1
@@ -77,7 +127,21 @@ def least_rows(platform: str, dtype: str) -> int:
 
 def choose_kernel(platform: str, head_size: int) -> str:
     """platform: "cpu" | "gpu" | "tpu"."""
+    if platform == "tpu":
+        return "tpu"
+    if platform == "gpu" and gpu_attention.available(head_size):
+        return "gpu"
     return "cpu" if platform == "cpu" and cpu_attention.available(head_size) else "plain"
+
+
+def make_lists(work: Work, tokens: int, window: int | None) -> Work:
+    """`work` with what its kernel wants made once a step. tokens: T; window: of the group's layers."""
+    if not work.kernel.startswith("tpu"):
+        return work
+    lists = tpu_attention.make_lists(
+        work.page_table, work.query_starts, work.num_new, work.num_computed, tokens, window
+    )
+    return replace(work, lists=lists)
 
 
 def has_whole_layers(kernel: str, tokens: int, head_size: int, dtype: str) -> bool:
@@ -86,10 +150,17 @@ def has_whole_layers(kernel: str, tokens: int, head_size: int, dtype: str) -> bo
 
 
 def cache_shape(
-    num_layers: int, num_pages: int, page_tokens: int, num_kv_heads: int, head_size: int
+    kernel: str, num_layers: int, num_pages: int, page_tokens: int, num_kv_heads: int, head_size: int
 ) -> tuple[int, ...]:
-    """[L, P, 2, K, page, H]: keys, then values, of a page; a head's tokens lie together."""
+    """[L, P, 2, K, page, H]: keys, then values, of a page; a head's tokens lie together, on a TPU a token's heads."""
+    if kernel.startswith("tpu"):
+        return tpu_attention.cache_shape(num_layers, num_pages, page_tokens, num_kv_heads, head_size)
     return (num_layers, num_pages, 2, num_kv_heads, page_tokens, head_size)
+
+
+def cache_heads_axis(kernel: str) -> int:
+    """The axis of cache_shape on which heads lie: the one that ranks share."""
+    return 4 if kernel.startswith("tpu") else 3
 
 
 def cache_dtype(kv_dtype: str, platform: str) -> jnp.dtype:
@@ -123,9 +194,16 @@ def paged_attention(
     kv_heads = k.shape[1]
     if k.shape != v.shape or k.shape != (tokens, kv_heads, size) or heads % kv_heads:
         raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape} do not belong together")
+    if work.lists is not None:
+        return tpu_attention.paged_attention(
+            q, k, v, cache, layer_index, work.lists, scale=scale, window=window, logit_cap=logit_cap,
+            interpret=work.kernel == "tpu_interpreted",
+        )  # fmt: skip
     if cache.shape[2:] != (2, kv_heads, work.page_tokens, size):
         raise ValueError(f"cache {cache.shape} does not hold pages of {work.page_tokens} tokens of k {k.shape}")
     attend = cpu_attention.paged_attention if work.kernel == "cpu" else plain.paged_attention
+    if work.kernel == "gpu":
+        attend = partial(plain.paged_attention, kernels=(gpu_attention.attend_decode, gpu_attention.attend_tiles))
     return attend(
         q,
         k,

@@ -8,6 +8,8 @@ Letters: T tokens · S rows · N query heads · K KV heads · G = N / K · H hea
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -38,15 +40,27 @@ def paged_attention(
     scale: float,
     window: int | None,
     logit_cap: float | None,
+    kernels: tuple[Callable[..., Array], Callable[..., Array]] | None = None,
 ) -> tuple[Array, Array]:
-    """Arguments as dispatch.paged_attention and dispatch.Work have them."""
+    """Arguments as dispatch.paged_attention and dispatch.Work have them. kernels: gpu_attention's two, for its part."""
     del num_rows  # padding rows have num_new == 0
     cache = write(k, v, cache, layer_index, write_page, write_offset)
     tokens, heads, size = q.shape
+    narrow = q
     q = q.astype(jnp.float32).reshape(tokens, k.shape[1], -1, size) * scale  # [T, K, G, H]
     rows = Rows(page_table, query_starts, num_new, num_computed)
     limits = Limits(window, logit_cap)
     out = jnp.zeros(q.shape, jnp.float32)
+    if kernels is not None:
+        limited = {"scale": scale, "window": window, "logit_cap": logit_cap}
+        one = num_new == 1
+        mine, seen = jnp.where(one, query_starts, 0), jnp.where(one, num_computed + 1, 0)
+        found = kernels[0](narrow[mine], cache, layer_index, seen, page_table, **limited)
+        out = jnp.zeros(narrow.shape, jnp.float32).at[jnp.where(one, query_starts, tokens)].set(found, mode="drop")
+        if tokens > 1:
+            spans, tiles = (query_starts, num_new, num_computed), (tile_rows, tile_starts, num_tiles)
+            out = kernels[1](narrow, out, cache, layer_index, page_table, spans, tiles, **limited)
+        return out.astype(k.dtype), cache
     out = attend_decode(q, out, cache, layer_index, rows, limits, decode_order)
     if tokens > 1:
         tile = min(tokens, TILE_TOKENS)
@@ -87,14 +101,31 @@ class Limits:
         return jnp.where(seen, scores, MASKED)
 
 
-def write(k: Array, v: Array, cache: Array, layer_index: int, page: Array, offset: Array) -> Array:
+def write(k: Array, v: Array, cache: Array, layer_index: int | Array, page: Array, offset: Array) -> Array:
     """Put keys and values of T tokens at (page, offset). k, v: [T, K, H]; page, offset: i32 [T]."""
     both = jnp.stack((k, v), axis=1)  # [T, 2, K, H]
     both = jnp.where(jnp.isfinite(both), both, 0)  # a masked key has weight 0, and 0 * NaN would reach other rows
     if cache.dtype == jnp.uint16:
         both = lax.bitcast_convert_type(both.astype(jnp.bfloat16), jnp.uint16)
+    both = both.astype(cache.dtype)
+    return lax.platform_dependent(cache, both, layer_index, page, offset, cpu=put_each, default=put_all)
+
+
+def put_all(cache: Array, both: Array, layer_index: Array, page: Array, offset: Array) -> Array:
+    """both: [T, 2, K, H], as stored."""
     # advanced indexes apart from each other move to the front: the value is [T, 2, K, H]
-    return cache.at[layer_index, page, :, :, offset].set(both.astype(cache.dtype), mode="promise_in_bounds")
+    return cache.at[layer_index, page, :, :, offset].set(both, mode="promise_in_bounds")
+
+
+def put_each(cache: Array, both: Array, layer_index: Array, page: Array, offset: Array) -> Array:
+    """The same, a token a turn: XLA:CPU copies the whole pool twice around that scatter (8 layers of 4 MB: 50 ms)."""
+
+    def put(token: Array, cache: Array) -> Array:
+        return lax.dynamic_update_slice(
+            cache, both[token][None, None, :, :, None], (layer_index, page[token], 0, 0, offset[token], 0)
+        )
+
+    return lax.fori_loop(0, len(both), put, cache)
 
 
 def read(cache: Array, layer_index: int, pages: Array) -> tuple[Array, Array]:

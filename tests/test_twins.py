@@ -12,6 +12,7 @@ from tests.test_layers import sources, tree
 # Names that only one twin has, with the reason; the rest must be equal, in order, with equal argument names.
 TWINS = ("decoder", "attention", "ffn", "linear", "layers", "recurrent", "towers")
 ONE_SIDED: dict[str, str] = {
+    "jax_models/linear.py:linear_sum": "torch has one device a process, and no ranks yet",
     "torch_models/linear.py:linear_f32": "jax takes it from pallas_kernels.dispatch: on a CPU it is a kernel",
 }
 
@@ -39,6 +40,7 @@ UNPAIRED = {
     "torch_models/invariant.py": "the same with one order of sums for every row, by kernels of its own",
     "torch_models/last_layer.py": "what long steps save; jax has no such step yet",
     "torch_models/persistent.py": "a whole decode step of a small model in one GPU launch",
+    "jax_models/scanned.py": "a TPU's scan over stacked weights",
     "jax_models/fused.py": "the same for a few tokens on a CPU: a layer is one C++ call",
 }
 

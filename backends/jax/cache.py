@@ -8,35 +8,42 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 
+from backends.jax.split import AXIS, Split
 from engine.specs.cache import CacheLayout
-from pallas_kernels.dispatch import cache_dtype, cache_shape
+from pallas_kernels import dispatch
 
 COPIES = 8
 """Page copies of one call of the copy program."""
 
 
-def cache_shapes(layout: CacheLayout, platform: str) -> list[jax.ShapeDtypeStruct]:
-    """One array a pool, as dispatch lays it out."""
-    return [
-        jax.ShapeDtypeStruct(
-            cache_shape(pool.num_layers, pool.num_pages, pool.page_tokens, pool.num_kv_heads, pool.head_size),
-            cache_dtype(layout.kv_dtype, platform),
-        )
-        for pool in layout.pools
-    ]
+def cache_shapes(layout: CacheLayout, split: Split) -> list[jax.ShapeDtypeStruct]:
+    """One array a pool, as dispatch lays it out, the ranks' heads one after another. A pool tells its rank's heads."""
+    found = []
+    for pool in layout.pools:
+        kernel = dispatch.choose_kernel(split.platform, pool.head_size)
+        heads = pool.num_kv_heads * split.size
+        shape = dispatch.cache_shape(kernel, pool.num_layers, pool.num_pages, pool.page_tokens, heads, pool.head_size)
+        axis = dispatch.cache_heads_axis(kernel)
+        spec = PartitionSpec(*(AXIS if n == axis else None for n in range(len(shape))))
+        found.append(split.shape(shape, dispatch.cache_dtype(layout.kv_dtype, split.platform), spec))
+    return found
 
 
 def copy_pages(cache: Array, copies: Array) -> Array:
-    """Copy the first tokens of pages, in all layers. copies: i32 [3, COPIES] source, target, tokens (0 pads)."""
-    layers, _, two, kv_heads, page, size = cache.shape
-    shape = (layers, 1, two, kv_heads, page, size)
+    """Copy the first tokens of pages, in all layers. copies: i32 [3, COPIES] source, target, tokens (0 pads).
+
+    cache: [L, P, ..., page, lanes], as dispatch.cache_shape says.
+    """
+    shape = (cache.shape[0], 1, *cache.shape[2:])
+    start = (0,) * (cache.ndim - 2)
 
     def copy(index: Array, cache: Array) -> Array:
         source, target, tokens = copies[0, index], copies[1, index], copies[2, index]
-        new = lax.dynamic_slice(cache, (0, source, 0, 0, 0, 0), shape)
-        old = lax.dynamic_slice(cache, (0, target, 0, 0, 0, 0), shape)
-        kept = jnp.arange(page)[:, None] < tokens
-        return lax.dynamic_update_slice(cache, jnp.where(kept, new, old), (0, target, 0, 0, 0, 0))
+        new = lax.dynamic_slice(cache, (0, source, *start), shape)
+        old = lax.dynamic_slice(cache, (0, target, *start), shape)
+        kept = jnp.arange(shape[-2])[:, None] < tokens
+        return lax.dynamic_update_slice(cache, jnp.where(kept, new, old), (0, target, *start))
 
     return lax.fori_loop(0, COPIES, copy, cache)

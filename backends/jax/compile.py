@@ -1,4 +1,4 @@
-"""Every program of a runner, compiled before it is ready: lowered and compiled ahead, kept by name, then only called.
+"""Every program of a runner, made before it is ready: compiled or loaded from a bundle, kept by name, then only called.
 
 A name that is not here raises, so nothing can compile while requests are served. XLA compiles without the interpreter
 lock, so a few threads compile at once.
@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from backends.jax.split import Split
 from engine.errors import check, fail
 
 Name = tuple[str, *tuple[int, ...]]
@@ -21,19 +22,25 @@ Name = tuple[str, *tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A function and the shapes that it is compiled for. donate: arguments whose memory the results take over."""
+    """A function and the shapes that it is compiled for, whole on each device where they do not say otherwise.
+
+    donate: arguments whose memory the results take over.
+    """
 
     name: Name
     function: Callable[..., Any]
     args: tuple[Any, ...]
     donate: tuple[int, ...] = ()
+    outs: Any = None  # where results lie, as a prefix of their tree; None: whole on each device
 
 
 class Programs:
-    """Compiled programs by name."""
+    """Programs by name. load: makes one without compiling it; None = all are compiled."""
 
-    def __init__(self, device: jax.Device) -> None:
-        self._sharding = jax.sharding.SingleDeviceSharding(device)
+    def __init__(self, split: Split, load: Callable[[Program], Any] | None = None) -> None:
+        self._whole = split.sharding()
+        self._platform = split.platform
+        self._load = load
         self._compiled: dict[Name, Any] = {}
 
     def __contains__(self, name: Name) -> bool:
@@ -42,29 +49,39 @@ class Programs:
     def __len__(self) -> int:
         return len(self._compiled)
 
+    @property
+    def num_compiles(self) -> int:
+        """Of the programs here, those that were compiled and not loaded."""
+        return len(self._compiled) if self._load is None else 0
+
     def compile(self, programs: Iterable[Program], done: Callable[[int], None]) -> None:
-        """Compile all; done(n) is called in this thread after each."""
-        threads = max(1, min(4, len(os.sched_getaffinity(0))))
-        with ThreadPoolExecutor(threads) as pool:
-            jobs = []
-            for program in programs:
-                check(program.name not in self._compiled, f"{program.name} is compiled twice")
-                jobs.append((program.name, pool.submit(self.build, program)))
-            for count, (name, job) in enumerate(jobs):
-                self._compiled[name] = job.result()
+        """Make all; done(n) is called in this thread after each."""
+        make = self._load or self.build
+        todo = list(programs)
+        for program in todo:
+            check(program.name not in self._compiled, f"{program.name} is compiled twice")
+        with ThreadPoolExecutor(max(1, min(4, len(os.sched_getaffinity(0))))) as pool:
+            # libtpu overflows its own stacks where two programs are compiled at once (seen with 0.0.42.1)
+            at_once = self._platform != "tpu" or self._load is not None
+            jobs = pool.map(make, todo) if at_once else map(make, todo)
+            for count, (program, made) in enumerate(zip(todo, jobs, strict=True)):
+                self._compiled[program.name] = made
                 done(count + 1)
 
     def build(self, program: Program) -> Any:
-        jitted = jax.jit(program.function, donate_argnums=program.donate, out_shardings=self._sharding)
+        """Compiled with every argument kept, used or not: a bundle passes them by number."""
+        outs = self._whole if program.outs is None else program.outs
+        jitted = jax.jit(program.function, donate_argnums=program.donate, out_shardings=outs, keep_unused=True)
         args = jax.tree_util.tree_map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._sharding), program.args
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or self._whole),
+            program.args,
         )
         return jitted.lower(*args).compile()
 
     def __getitem__(self, name: Name) -> Callable[..., Any]:
         program = self._compiled.get(name)
         if program is None:
-            fail(f"no program {name}: it was not compiled at warm-up")
+            fail(f"no program {name}: it was not made at warm-up")
         return program
 
     def temp_bytes(self, name: Name) -> int:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from engine.env import cache_dir
+from engine.specs.executables import untrusted
 
 log = logging.getLogger("twinfer.jax")
 
@@ -33,14 +35,9 @@ def prepare(folder: Path) -> str | None:
     """Create the folder for this user alone. -> why it cannot be used, None when it can."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
+        return untrusted(folder.stat())
     except OSError as error:
         return error.strerror or type(error).__name__
-    if status.st_uid != os.getuid():
-        return "another user owns it"
-    if stat.S_IMODE(status.st_mode) & 0o022:
-        return "others may write it"
-    return None
 
 
 def enable() -> Path | None:
@@ -57,3 +54,19 @@ def enable() -> Path | None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     return folder
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    """Inside, every program is compiled, in this process.
+
+    One that comes out of jax's cache cannot be serialised again on a CPU: the bytes load, and fail when they run.
+    """
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # jax asks the setting once a process
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()

@@ -6,20 +6,24 @@ Letters: T tokens · S rows · D width · V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import Mesh, PartitionSpec
 
 from backends.jax import sample
 from backends.jax.batch import Shape, unpack
+from backends.jax.split import AXIS
 from backends.jax.tables import Rows, advance, set_pages
 from engine.specs.arch import ArchSpec
 from engine.specs.cache import CacheLayout
 from jax_models.decoder import Decoder
 from jax_models.fused import FusedDecoder
-from pallas_kernels.dispatch import Work, has_whole_layers
+from jax_models.scanned import ScannedDecoder
+from pallas_kernels.dispatch import Work, has_whole_layers, make_lists, split_over
 
 HEAD_ROWS = 8
 """Rows of logits computed together on a CPU; padding costs no more than a block."""
@@ -30,11 +34,23 @@ class Traits:
     """What a forward program is built for, besides its shape."""
 
     arch: ArchSpec
+    part: ArchSpec  # of it, what one device computes
     layout: CacheLayout
     max_model_len: int
     kernels: tuple[str, ...]  # one a group
     null_slot: int
     block_rows: int  # rows of logits computed at once
+    ranks: int = 1  # devices that share every layer
+    stacks: dict[int, tuple[int, int]] = field(default_factory=dict)  # where a layer's stacked weights lie
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A mesh, and how params and caches lie on it: a PartitionSpec for each array."""
+
+    mesh: Mesh
+    params: Any
+    caches: Any
 
 
 def places(layout: CacheLayout) -> tuple[tuple[int, int, int], ...]:
@@ -45,6 +61,32 @@ def places(layout: CacheLayout) -> tuple[tuple[int, int, int], ...]:
         for nth, layer in enumerate(group.spec.layers)
     }
     return tuple(found[layer] for layer in range(len(found)))
+
+
+def split_forward(
+    params: dict[str, Any],
+    caches: list[Array],
+    rows: Rows,
+    packed: Array,
+    *,
+    traits: Traits,
+    shape: Shape,
+    spread: Spread,
+) -> tuple[list[Array], Rows, Array, Array, Array]:
+    """`forward` on every device of a mesh, each with its part of params and caches. Logits stay split by vocabulary."""
+    whole = PartitionSpec()
+
+    def of_rank(params: dict[str, Any], caches: list[Array], rows: Rows, packed: Array) -> Any:
+        with split_over(AXIS):
+            return forward(params, caches, rows, packed, traits=traits, shape=shape)
+
+    return jax.shard_map(
+        of_rank,
+        mesh=spread.mesh,
+        in_specs=(spread.params, spread.caches, whole, whole),
+        out_specs=(spread.caches, whole, PartitionSpec(None, AXIS), whole, whole),
+        check_vma=False,
+    )(params, caches, rows, packed)
 
 
 def forward(
@@ -70,20 +112,43 @@ def forward(
     hidden, caches = decoder(token_ids, positions, caches, places(traits.layout), works)
     rows = replace(rows, length=rows.length.at[step["slots"]].set(start + step["num_new"]))
     logits = head_rows(decoder, hidden, step, traits.block_rows)
-    tokens, broken = sample.argmax(logits), ~jnp.all(logits < jnp.inf, axis=1)  # NaN is not less either
+    logits = hide_padding(logits, traits)
+    tokens, broken = greedy(logits, traits.ranks)
     target = jnp.where(step["greedy"] != 0, step["logit_slots"], traits.null_slot)
     rows = advance(rows, target, tokens)
     return caches, rows, logits, hidden, jnp.stack([tokens, broken.astype(jnp.int32), bad])
 
 
+def hide_padding(logits: Array, traits: Traits) -> Array:
+    """Logits f32 [S, V / ranks] of a rank, those of ids that no vocabulary has at -inf."""
+    width = logits.shape[1]
+    if width * traits.ranks == traits.arch.vocab_size:
+        return logits
+    return jnp.where(lax.axis_index(AXIS) * width + jnp.arange(width) < traits.arch.vocab_size, logits, -jnp.inf)
+
+
+def greedy(logits: Array, ranks: int) -> tuple[Array, Array]:
+    """The most likely ids i32 [S] over all ranks' logits [S, V / ranks], and bool [S]: a logit is not finite."""
+    tokens, broken = sample.argmax(logits), ~jnp.all(logits < jnp.inf, axis=1)  # NaN is not less either
+    if ranks == 1:
+        return tokens, broken
+    best = jnp.max(jnp.where(broken[:, None], -jnp.inf, logits), axis=1)
+    own = tokens + lax.axis_index(AXIS) * logits.shape[1]
+    first = lax.pmin(jnp.where(best == lax.pmax(best, AXIS), own, ranks * logits.shape[1]), AXIS)
+    return first, lax.pmax(broken.astype(jnp.int32), AXIS) > 0
+
+
 def make_decoder(params: dict[str, Any], traits: Traits, tokens: int) -> Decoder:
-    """The decoder, in whole-layer calls where they are made for so few tokens."""
+    """The decoder: a scan where weights are stacked, in whole-layer calls where they are made for so few tokens."""
+    arch = traits.part
+    if "stacks" in params:
+        return ScannedDecoder(arch, params, traits.max_model_len, traits.stacks)
     dtype = params["embed"].dtype.name
-    whole = all(
+    whole = traits.ranks == 1 and all(
         has_whole_layers(kernel, tokens, group.spec.head_size, dtype)
         for kernel, group in zip(traits.kernels, traits.layout.groups, strict=True)
     )
-    return (FusedDecoder if whole else Decoder)(traits.arch, params, traits.max_model_len)
+    return (FusedDecoder if whole else Decoder)(arch, params, traits.max_model_len)
 
 
 def check_ids(step: dict[str, Array], rows: Rows, valid: Array, vocab_size: int) -> tuple[Array, Array]:
@@ -105,7 +170,7 @@ def work_of(
     column = index // page
     inside = valid & (column < table.shape[1])
     page_id = table[step["token_rows"], jnp.where(inside, column, 0)]
-    return Work(
+    work = Work(
         kernel=traits.kernels[group],
         page_tokens=page,
         num_rows=step["num_rows"],
@@ -120,6 +185,7 @@ def work_of(
         tile_starts=step["tile_starts"],
         num_tiles=step["num_tiles"],
     )
+    return make_lists(work, tokens=len(index), window=traits.layout.groups[group].spec.window)
 
 
 def head_rows(decoder: Decoder, hidden: Array, step: dict[str, Array], block: int) -> Array:
@@ -127,7 +193,7 @@ def head_rows(decoder: Decoder, hidden: Array, step: dict[str, Array], block: in
     chosen = hidden[step["logit_rows"]]  # [S, D]
     num_rows = chosen.shape[0]
     if num_rows <= block:
-        zeros = jnp.zeros((num_rows, decoder.spec.vocab_size), jnp.float32)
+        zeros = jnp.zeros((num_rows, decoder.head.shape[0]), jnp.float32)
         return lax.cond(step["num_logits"] > 0, lambda x: decoder.logits(x), lambda _: zeros, chosen)
     padded = jnp.pad(chosen, ((0, -num_rows % block), (0, 0)))
 
@@ -135,6 +201,6 @@ def head_rows(decoder: Decoder, hidden: Array, step: dict[str, Array], block: in
         part = lax.dynamic_slice(padded, (index * block, 0), (block, padded.shape[1]))
         return lax.dynamic_update_slice(logits, decoder.logits(part), (index * block, 0))
 
-    empty = jnp.zeros((padded.shape[0], decoder.spec.vocab_size), jnp.float32)
+    empty = jnp.zeros((padded.shape[0], decoder.head.shape[0]), jnp.float32)
     blocks = (step["num_logits"] + block - 1) // block
     return lax.fori_loop(0, blocks, fill, empty)[:num_rows]

@@ -9,8 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jax
-
+from backends.jax.split import Split
 from backends.jax.weights import load_params
 from engine.errors import ConfigError, check
 from engine.runner import Progress, RunnerConfig
@@ -20,17 +19,17 @@ from engine.specs.weights import dummy_params
 
 
 def load_weights(
-    config: RunnerConfig, checkpoint: Path | None, device: jax.Device, progress: Progress | None
+    config: RunnerConfig, checkpoint: Path | None, split: Split, progress: Progress | None
 ) -> dict[str, Any]:
     """The parameters on the device, in the tree that jax_models.decoder.Params describes. Raises CheckpointError."""
     if config.load_format == "dummy":
-        return load_params(config.arch, dummy_params(config.arch, config.seed), config.dtype, device)
+        return load_params(config.arch, dummy_params(config.arch, config.seed), config.dtype, split)
     check(checkpoint is not None, "load needs a checkpoint unless the weights are dummies")
     folder = Path(str(checkpoint))
     if config.load_format != "orbax" and not (config.load_format == "auto" and is_orbax(folder)):
-        return load_params(config.arch, stream_params(folder, config.arch, progress), config.dtype, device)
+        return load_params(config.arch, stream_params(folder, config.arch, progress), config.dtype, split)
     try:
         from backends.jax import orbax
     except ImportError as error:
         raise ConfigError(f"--load-format: orbax: {error}; install it with pip install 'twinfer[orbax]'") from error
-    return orbax.load(folder, config.arch, config.dtype, device, progress)
+    return orbax.load(folder, config.arch, config.dtype, split, progress)

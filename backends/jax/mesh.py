@@ -1,25 +1,67 @@
-"""The devices of this process: which they are, how much memory they have, what the runner can do with them."""
+"""The devices that programs are made for: which they are, how much memory they have, what the runner can do with them.
+
+They are this process's own, or a TPU that is not here, which libtpu compiles for without one.
+"""
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
+from jax.experimental import topologies
 
+from backends.jax.split import Split
 from engine.errors import ConfigError
 from engine.runner import Capability, DeviceInfo
+from engine.specs.chips import parse_slice
 
-CAPABILITIES = frozenset({Capability.LATE_MASK, Capability.PROMPT_LOGPROBS})
+CAPABILITIES = frozenset({Capability.LATE_MASK, Capability.PROMPT_LOGPROBS, Capability.EXECUTABLES})
 PAGE_TOKENS = {"cpu": 64, "gpu": 64, "tpu": 128}
+WITHOUT_A_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
+"""What libtpu is told where it only compiles: to ask no cloud service for its host, and to take no lock of a chip."""
 HOST_SHARE = 4  # a CPU runner takes a quarter of the free memory: the host is not the engine's alone
 
 
-def describe(device: jax.Device) -> DeviceInfo:
-    total, free = memory(device)
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What programs can be made for: devices of this process, or those of a topology that is not here."""
+
+    devices: tuple[jax.Device, ...]
+    hbm_bytes: int | None = None  # of a device that cannot be asked
+
+    @property
+    def platform(self) -> str:
+        return str(self.devices[0].platform)
+
+    def memory(self) -> tuple[int, int]:
+        """(total, free) bytes of a device."""
+        return memory(self.devices[0]) if self.hbm_bytes is None else (self.hbm_bytes, self.hbm_bytes)
+
+    def split(self, size: int) -> Split:
+        """The first `size` devices. Raises ConfigError."""
+        if size > len(self.devices):
+            raise ConfigError(
+                f"--tensor-parallel-size: {size} is more than the {len(self.devices)} devices that jax has "
+                f"({self.devices[0].device_kind})"
+            )
+        return Split(self.devices[:size])
+
+
+def describe(target: Target) -> DeviceInfo:
+    device, (total, free) = target.devices[0], target.memory()
     return DeviceInfo(
         kind=device.platform,
         name=device.device_kind if device.platform != "cpu" else "CPU",
-        num_devices=1,
+        num_devices=len(target.devices),
         memory_bytes=total,
         free_bytes=free,
         capabilities=CAPABILITIES,
@@ -29,6 +71,11 @@ def describe(device: jax.Device) -> DeviceInfo:
         supported_dtypes=("float32", "bfloat16"),
         bucket_style="pow2",
     )
+
+
+def stacks_layers(platform: str) -> bool:
+    """Whether layers are scanned over stacked weights. XLA:CPU copies each layer's slice out of a stack: not there."""
+    return platform == "tpu"
 
 
 def memory(device: jax.Device) -> tuple[int, int]:
@@ -54,6 +101,31 @@ def choose_device(requested: str) -> jax.Device:
             f"--device: {requested!r} was asked for and jax has {device.platform!r}; set JAX_PLATFORMS={name}"
         )
     return device
+
+
+def local(requested: str) -> Target:
+    """The devices of `--device`. Raises ConfigError."""
+    return Target(tuple(jax.devices(choose_device(requested).platform)))
+
+
+def absent_tpu(name: str) -> Target:
+    """A TPU slice that is not here, for compiling alone: v6e is one chip, v6e:2x4 eight. Raises ConfigError."""
+    wanted = parse_slice("tpu", name)
+    if find_spec("libtpu") is None:
+        raise ConfigError(f"--tpu: {name!r} needs the compiler of TPUs; install it with pip install 'twinfer[tpu]'")
+    for variable, value in WITHOUT_A_TPU.items():
+        os.environ.setdefault(variable, value)
+    if not jax.config.jax_platforms:
+        jax.config.update("jax_platforms", "cpu")
+    # one chip of a cube is compiled for as a part of the smallest that libtpu describes
+    topology = f"{wanted.chip.name}:{'2x2x1' if wanted.topology == '1x1x1' else wanted.topology}"
+    one = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **one).devices
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--tpu: {name!r}: this libtpu does not describe {topology} ({reason})") from error
+    return Target(tuple(devices[: wanted.num_devices]), wanted.chip.memory_bytes)
 
 
 def keep_float32_exact(device: jax.Device, dtype: str) -> None:

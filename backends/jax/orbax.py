@@ -17,8 +17,10 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 
-from backends.jax.weights import storage, tree
-from engine.errors import CheckpointError, check
+from backends.jax.split import Split
+from backends.jax.stacks import Store
+from backends.jax.weights import storage
+from engine.errors import CheckpointError, ConfigError, check
 from engine.specs.arch import ArchSpec
 from engine.specs.manifest import Part, list_files, read_manifest
 from engine.specs.weights import DTYPE_BYTES, ParamSpec, RawTensor, param_table
@@ -75,23 +77,25 @@ def read_params(
             yield table[name], arrays.pop(name)
 
 
-def load(
-    path: Path, arch: ArchSpec, dtype: str, device: jax.Device, progress: Progress | None = None
-) -> dict[str, Any]:
-    """The parameters on `device` as the runner stores them: converted, and fused where Storage says so."""
+def load(path: Path, arch: ArchSpec, dtype: str, split: Split, progress: Progress | None = None) -> dict[str, Any]:
+    """The parameters as the runner stores them: converted, and fused where Storage says so."""
+    if split.size > 1:
+        raise ConfigError(
+            f"--load-format: orbax with --tensor-parallel-size {split.size} is not supported yet; use safetensors"
+        )
     places = storage(arch)
-    sharding = jax.sharding.SingleDeviceSharding(device)
+    sharding = split.sharding()
     rows: dict[str, list[tuple[int, jax.Array]]] = {}
-    flat: dict[str, jax.Array] = {}
+    store = Store(arch, split)
     for param, array in read_params(path, arch, lambda _: sharding, progress):
         place = places[param.name]
         parts = rows.setdefault(place.name, [])
         parts.append((place.start, array.astype(dtype)))
         if sum(part.shape[0] for _, part in parts) == place.rows:
             ordered = [part for _, part in sorted(rows.pop(place.name), key=lambda item: item[0])]
-            flat[place.name] = ordered[0] if len(ordered) == 1 else jnp.concatenate(ordered)
+            store.put(place.name, ordered[0] if len(ordered) == 1 else jnp.concatenate(ordered), place.spec)
     check(not rows, f"parameters are incomplete: {sorted(rows)}")
-    return tree(arch, flat)
+    return store.tree({place.name for place in places.values()})
 
 
 def restore_part(

@@ -6,6 +6,7 @@ step can have), one sampling program a row count, and a handful of updates. Lett
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,20 +14,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from backends.jax import sample, tables, updates
 from backends.jax.batch import Packer, Shape, packed_size
 from backends.jax.cache import COPIES, cache_shapes, copy_pages
 from backends.jax.compile import Name, Program, Programs
-from backends.jax.forward import HEAD_ROWS, Traits, forward
+from backends.jax.forward import HEAD_ROWS, Spread, Traits, forward, make_decoder, split_forward
+from backends.jax.split import AXIS, Split, specs_of
+from backends.jax.stacks import stack_places
 from engine.runner import Progress, RunnerConfig
 from engine.specs.cache import CacheLayout
+from engine.specs.parallel import rank_arch
 from engine.step import I32, U32, Bucket
-from jax_models.decoder import Decoder
-from pallas_kernels.dispatch import choose_kernel, least_rows
+from pallas_kernels import dispatch
 
 SCORE_BYTES = 64 << 20
 """Most scratch memory of one call that scores prompt tokens."""
+
+
+SAMPLED = 64
+"""Most rows that are sampled together on an accelerator: each takes a few arrays as wide as the vocabulary."""
 
 
 @dataclass(slots=True)
@@ -43,30 +51,48 @@ def score_rows(vocab_size: int) -> int:
     return int(np.clip(SCORE_BYTES // (12 * vocab_size), 8, 64))
 
 
+def sampled_together(rows: int) -> int:
+    """The largest part of `rows` up to SAMPLED that divides them."""
+    return max(part for part in range(1, min(rows, SAMPLED) + 1) if rows % part == 0)
+
+
 class ProgramSet:
-    def __init__(self, config: RunnerConfig, layout: CacheLayout, params: dict[str, Any], device: jax.Device) -> None:
+    """params: arrays, or their shapes where programs are only listed. load: see Programs."""
+
+    def __init__(
+        self,
+        config: RunnerConfig,
+        layout: CacheLayout,
+        params: dict[str, Any],
+        split: Split,
+        load: Callable[[Program], Any] | None = None,
+    ) -> None:
         self.layout = layout
         self._config = config
         self._params = params
-        self._device = device
-        self._compiled = Programs(device)
-        on_cpu = device.platform == "cpu"
-        self._least = least_rows(device.platform, config.dtype)
+        self._split = split
+        self._compiled = Programs(split, load)
+        on_cpu = split.platform == "cpu"
+        self._least = dispatch.least_rows(split.platform, config.dtype)
         self._traits = Traits(
             arch=config.arch,
+            part=rank_arch(config.arch, split.size),
             layout=layout,
             max_model_len=config.max_model_len,
-            kernels=tuple(choose_kernel(device.platform, group.spec.head_size) for group in layout.groups),
+            kernels=tuple(dispatch.choose_kernel(split.platform, group.spec.head_size) for group in layout.groups),
             null_slot=config.max_slots,
             block_rows=HEAD_ROWS if on_cpu else max(config.row_buckets) + HEAD_ROWS,
+            ranks=split.size,
+            stacks=stack_places(config.arch),
         )
         self._packers = {
             tokens: Packer(self.shape(tokens), config.max_slots) for tokens in sorted(set(config.token_buckets))
         }
         self._no_mask: dict[int, jax.Array] = {}
 
-    def __len__(self) -> int:
-        return len(self._compiled)
+    @property
+    def num_compiles(self) -> int:
+        return self._compiled.num_compiles
 
     @staticmethod
     def workspace_bytes(config: RunnerConfig) -> int:
@@ -80,7 +106,8 @@ class ProgramSet:
         )
         slots = config.max_slots + 1
         sampler = slots * (4 * arch.vocab_size + arch.vocab_size // 8 + 24_000)
-        return 4 * tokens * widest + 24 * rows * arch.vocab_size + sampler + SCORE_BYTES
+        logits = (8 * rows + 24 * min(rows, SAMPLED)) * arch.vocab_size
+        return 4 * tokens * widest + logits + sampler + SCORE_BYTES
 
     # shapes
 
@@ -104,26 +131,44 @@ class ProgramSet:
 
     def fresh_state(self) -> DeviceState:
         """Empty pages and tables, made on the device: memory that was handed over from the host cannot be donated."""
-        name: Name = ("fresh",)
-        shapes = (cache_shapes(self.layout, self._device.platform), *self._table_shapes())
-        if name not in self._compiled:
-            program = Program(name, lambda: jax.tree_util.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), ())
+        program = self._fresh_program()
+        if program.name not in self._compiled:
             self._compiled.compile([program], lambda done: None)
-        return DeviceState(*self._compiled[name]())
+        return DeviceState(*self._compiled[program.name]())
+
+    def _fresh_program(self) -> Program:
+        caches, whole = cache_shapes(self.layout, self._split), self._split.sharding()
+        shapes = (caches, *self._table_shapes())
+        return Program(
+            ("fresh",),
+            lambda: jax.tree_util.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
+            (),
+            outs=([cache.sharding for cache in caches], whole, whole),
+        )
 
     # compiling
 
+    def programs(self) -> list[Program]:
+        """All that a runner of this configuration may call."""
+        return [
+            self._fresh_program(),
+            *self._forward_programs(),
+            *self._sample_programs(),
+            *self._update_programs(),
+        ]
+
     def compile(self, progress: Progress) -> None:
-        programs = [*self._forward_programs(), *self._sample_programs(), *self._update_programs()]
+        programs = [program for program in self.programs() if program.name not in self._compiled]
         self._compiled.compile(programs, lambda done: progress("warm_up", done, len(programs)))
         words = -(-self._config.arch.vocab_size // 32)
         for packer in self._packers.values():
             rows = packer.shape.rows
-            self._no_mask[rows] = jax.device_put(np.zeros((rows, words), np.uint32), self._device)
+            self._no_mask[rows] = jax.device_put(np.zeros((rows, words), np.uint32), self._split.sharding())
 
     def _forward_programs(self) -> list[Program]:
         rows, _ = self._table_shapes()
-        caches = cache_shapes(self.layout, self._device.platform)
+        caches = cache_shapes(self.layout, self._split)
+        whole, held = self._split.sharding(), [cache.sharding for cache in caches]
         hidden, vocab, dtype = self._config.arch.hidden_size, self._config.arch.vocab_size, self._config.dtype
         chunk = score_rows(vocab)
         programs: dict[Name, Program] = {}
@@ -131,8 +176,8 @@ class ProgramSet:
             shape = packer.shape
             packed = jax.ShapeDtypeStruct((packed_size(shape),), np.int32)
             name: Name = ("forward", shape.tokens)
-            function = partial(forward, traits=self._traits, shape=shape)
-            programs[name] = Program(name, function, (self._params, caches, rows, packed), donate=(1, 2))
+            args, outs = (self._params, caches, rows, packed), (held, whole, self.logits().sharding, whole, whole)
+            programs[name] = Program(name, self._forward(shape, caches), args, donate=(1, 2), outs=outs)
             states = jax.ShapeDtypeStruct((shape.tokens, hidden), dtype)
             index = jax.ShapeDtypeStruct((chunk,), np.int32)
             name = ("take", shape.tokens)
@@ -141,27 +186,45 @@ class ProgramSet:
         programs[("score",)] = Program(("score",), self._score, (self._params, states, targets))
         return list(programs.values())
 
+    def _forward(self, shape: Shape, caches: list[jax.ShapeDtypeStruct]) -> Any:
+        if self._split.size == 1:
+            return partial(forward, traits=self._traits, shape=shape)
+        spread = Spread(self._split.mesh, specs_of(self._params), specs_of(caches))
+        return partial(split_forward, traits=self._traits, shape=shape, spread=spread)
+
+    def build(self, program: Program) -> Any:
+        """Compiled, and not kept."""
+        return self._compiled.build(program)
+
+    def logits(self, rows: int = 1) -> jax.ShapeDtypeStruct:
+        """f32 [S, V], the vocabulary split over the devices and padded to equal parts."""
+        width = -(-self._config.arch.vocab_size // self._split.size) * self._split.size
+        return self._split.shape((rows, width), np.float32, PartitionSpec(None, AXIS))
+
     def _score(self, params: dict[str, Any], states: jax.Array, targets: jax.Array) -> tuple[jax.Array, ...]:
-        decoder = Decoder(self._config.arch, params, self._config.max_model_len)
-        return sample.score(decoder.logits(states), targets, self._config.sampler_limits.max_logprobs)
+        decoder = make_decoder(params, self._traits, states.shape[0])
+        logits = decoder.logits(states)[:, : self._config.arch.vocab_size]
+        return sample.score(logits, targets, self._config.sampler_limits.max_logprobs)
 
     def _sample_programs(self) -> list[Program]:
         rows, sampler = self._table_shapes()
         vocab = self._config.arch.vocab_size
-        function = partial(
-            sample.sampling, block=self._traits.block_rows, num_top=self._config.sampler_limits.max_logprobs
-        )
         programs = []
         for size in sorted({packer.shape.rows for packer in self._packers.values()}):
             args = (
-                jax.ShapeDtypeStruct((size, vocab), np.float32),
+                self.logits(size),
                 rows,
                 sampler,
                 jax.ShapeDtypeStruct((2 + size,), np.int32),
                 jax.ShapeDtypeStruct((size, -(-vocab // 32)), np.uint32),
             )
+            block = HEAD_ROWS if self._split.platform == "cpu" else sampled_together(size)
+            function = partial(self._sampling, block=block, num_top=self._config.sampler_limits.max_logprobs)
             programs.append(Program(("sample", size), function, args, donate=(1, 2)))
         return programs
+
+    def _sampling(self, logits: jax.Array, *args: Any, **options: Any) -> Any:
+        return sample.sampling(logits[:, : self._config.arch.vocab_size], *args, **options)
 
     def _update_programs(self) -> list[Program]:
         rows, sampler = self._table_shapes()
@@ -192,8 +255,9 @@ class ProgramSet:
         for group in range(len(self.layout.groups)):
             function = partial(set_group_pages, group)
             programs.append(Program(("pages", group), function, (rows, ints(3, updates.DELTAS)), donate=(0,)))
-        for pool, cache in enumerate(cache_shapes(self.layout, self._device.platform)):
-            programs.append(Program(("copy", pool), copy_pages, (cache, ints(3, COPIES)), donate=(0,)))
+        for pool, cache in enumerate(cache_shapes(self.layout, self._split)):
+            args = (cache, ints(3, COPIES))
+            programs.append(Program(("copy", pool), copy_pages, args, donate=(0,), outs=cache.sharding))
         return programs
 
     # calls

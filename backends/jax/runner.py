@@ -18,10 +18,12 @@ import jax
 import numpy as np
 
 from backends.jax import compile_cache, mesh
+from backends.jax.aot import Bundle
 from backends.jax.load import load_weights
 from backends.jax.programs import DeviceState, ProgramSet
 from backends.jax.updates import Call, copy_calls, open_calls, page_calls
 from backends.jax.weights import param_bytes
+from backends.jax.workspace import workspace_bytes
 from engine.errors import ConfigError, StepFailed, check, fail
 from engine.opened import Use, is_poisoned, row_uses
 from engine.plan_rules import check_buckets, check_plan
@@ -80,7 +82,7 @@ class Runner:
     # life
 
     def describe(self, device: str = "auto") -> DeviceInfo:
-        return mesh.describe(mesh.choose_device(device))
+        return mesh.describe(mesh.local(device))
 
     def configure(self, config: RunnerConfig, place: Placement) -> None:
         for name, value, only in (
@@ -97,14 +99,16 @@ class Runner:
             log.warning("num_threads: jax uses every CPU of the process; limit it with taskset -c")
         self._config = config
         compile_cache.enable()
-        self._device = mesh.choose_device(config.device)
-        mesh.keep_float32_exact(self._device, config.dtype)
+        self._target = mesh.local(config.device)
+        self._split = self._target.split(config.tensor_size)
+        mesh.keep_float32_exact(self._split.device, config.dtype)
+        self._bundle = Bundle.open(Path(config.executables), config, self._split) if config.executables else None
         self._generation = np.full(config.max_slots, CLOSED, np.int64)
         self._uses = np.zeros(config.max_slots, np.int32)
         self._poisoned = np.zeros(config.max_slots, np.bool_)
 
     def load(self, checkpoint: Path | None, progress: Progress | None = None) -> None:
-        self._params = load_weights(self._config, checkpoint, self._device, progress)
+        self._params = load_weights(self._config, checkpoint, self._split, progress)
 
     def memory_plan(self, config: RunnerConfig) -> dict[str, int]:
         return {}
@@ -113,21 +117,27 @@ class Runner:
         return 0
 
     def cache_budget_bytes(self) -> int:
-        total, free = mesh.memory(self._device)
-        workspace = ProgramSet.workspace_bytes(self._config)
-        if self._device.platform == "cpu":
-            return max(0, (free - workspace) // mesh.HOST_SHARE)
+        total, free = self._target.memory()
+        workspace = self._workspace_bytes()
+        if self._split.platform == "cpu":
+            return max(0, (free - workspace) // mesh.HOST_SHARE // self._split.size)
         return max(0, total - param_bytes(self._params) - workspace)
 
+    def _workspace_bytes(self) -> int:
+        if self._bundle is not None:
+            return self._bundle.manifest.workspace_bytes
+        return workspace_bytes(self._config, self._params, self._split)
+
     def allocate_cache(self, layout: CacheLayout) -> None:
-        self._programs = ProgramSet(self._config, layout, self._params, self._device)
+        load = None if self._bundle is None else self._bundle.load
+        self._programs = ProgramSet(self._config, layout, self._params, self._split, load)
         self._state = self._programs.fresh_state()
 
     def warm_up(self, progress: Progress | None = None) -> None:
         self._ready().compile(progress or (lambda phase, done, total: None))
 
     def num_compiles(self) -> int:
-        return 0 if self._programs is None else len(self._programs)
+        return 0 if self._programs is None else self._programs.num_compiles
 
     def shutdown(self) -> None:
         self._steps.clear()

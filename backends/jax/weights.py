@@ -6,6 +6,8 @@ named, [out, in], in the activation dtype. Called by the runner's load.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +15,11 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from jax.sharding import PartitionSpec
 from numpy.typing import NDArray
 
+from backends.jax.split import Split, param_spec, rank_rows
+from backends.jax.stacks import Store, abstract
 from engine.errors import check
 from engine.specs.arch import ArchSpec
 from engine.specs.weights import ParamSpec, RawTensor, from_float32, param_table, to_float32
@@ -30,62 +35,72 @@ FUSED_INTO = {part: stored for stored, parts in FUSED.items() for part in parts}
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Rows [start, start + its own height) of the stored array `name` hold a parameter; the array is `rows` high."""
+    """Rows [start, start + its own height) of each rank's part of the array `name`; a part is `rows` high."""
 
     name: str
     start: int
     rows: int
+    spec: PartitionSpec
 
 
-def storage(arch: ArchSpec) -> dict[str, Stored]:
-    """Parameter name -> where it is stored."""
-    table = param_table(arch)
+def storage(arch: ArchSpec, ranks: int = 1) -> dict[str, Stored]:
+    """Parameter name -> where it is stored. A split array is the ranks' parts one after another, each fused."""
     heights: dict[str, int] = {}
-    places: list[tuple[str, str, int]] = []
-    for param in table:
+    places: list[tuple[ParamSpec, str, int]] = []
+    for param in param_table(arch):
         stem, _, part = param.name.rpartition(".")
         stored = FUSED_INTO.get(part, part) if stem else part
         name = f"{stem}.{stored}" if stem else stored
-        places.append((param.name, name, heights.get(name, 0)))
-        heights[name] = heights.get(name, 0) + param.shape[0]
-    return {param: Stored(name, start, heights[name]) for param, name, start in places}
+        places.append((param, name, heights.get(name, 0)))
+        heights[name] = heights.get(name, 0) + rank_height(param, ranks)
+    return {param.name: Stored(name, start, heights[name], param_spec(param)) for param, name, start in places}
+
+
+def rank_height(param: ParamSpec, ranks: int) -> int:
+    first = rank_rows(param, ranks)[0]
+    return int(first.stop - first.start)
+
+
+def stored_shapes(arch: ArchSpec, dtype: str, split: Split) -> dict[str, jax.ShapeDtypeStruct]:
+    """Stored name -> shape and where it lies."""
+    places = storage(arch, split.size)
+    found: dict[str, jax.ShapeDtypeStruct] = {}
+    for param in param_table(arch):
+        place = places[param.name]
+        height = place.rows * len(rank_rows(param, split.size))
+        found[place.name] = split.shape((height, *param.shape[1:]), dtype, place.spec)
+    return found
+
+
+def param_shapes(arch: ArchSpec, dtype: str, split: Split) -> dict[str, Any]:
+    """What load_params gives, as shapes and dtypes."""
+    return abstract(arch, stored_shapes(arch, dtype, split), split)
 
 
 def load_params(
-    arch: ArchSpec, stream: Iterator[tuple[ParamSpec, RawTensor]], dtype: str, device: jax.Device
+    arch: ArchSpec, stream: Iterator[tuple[ParamSpec, RawTensor]], dtype: str, split: Split
 ) -> dict[str, Any]:
-    """The parameters on the device, in the tree that jax_models.decoder.Params describes."""
-    places = storage(arch)
+    """The parameters on the devices, in the tree that jax_models.decoder.Params describes."""
+    places = storage(arch, split.size)
+    waiting = Counter(place.name for place in places.values())
     partial: dict[str, NDArray[Any]] = {}
-    missing: dict[str, int] = {}
-    flat: dict[str, jax.Array] = {}
+    store = Store(arch, split)
     for param, tensor in stream:
-        place = places[param.name]
+        place, pieces = places[param.name], rank_rows(param, split.size)
         numbers = convert(tensor, dtype)
-        if place.rows != param.shape[0]:
-            whole = partial.setdefault(place.name, np.empty((place.rows, *param.shape[1:]), numbers.dtype))
-            whole[place.start : place.start + param.shape[0]] = numbers
-            missing[place.name] = missing.get(place.name, place.rows) - param.shape[0]
-            if missing[place.name]:
+        waiting[place.name] -= 1
+        if len(pieces) > 1 or place.rows != param.shape[0]:
+            shape = (place.rows * len(pieces), *param.shape[1:])
+            whole = partial.setdefault(place.name, np.zeros(shape, numbers.dtype))
+            for rank, piece in enumerate(pieces):
+                start = rank * place.rows + place.start
+                whole[start : start + piece.stop - piece.start] = numbers[piece]
+            if waiting[place.name]:
                 continue
             numbers = partial.pop(place.name)
-        flat[place.name] = jax.device_put(numbers, device)
+        store.put(place.name, numbers, place.spec)
     check(not partial, f"parameters are incomplete: {sorted(partial)}")
-    check(set(flat) == {place.name for place in places.values()}, "parameters are missing")
-    return tree(arch, flat)
-
-
-def tree(arch: ArchSpec, flat: dict[str, Any]) -> dict[str, Any]:
-    """{"layers.3.qkv": x} -> {"layers": [.., {"qkv": x}]}."""
-    layers: list[dict[str, Any]] = [{} for _ in arch.layers]
-    params: dict[str, Any] = {"layers": layers}
-    for name, value in flat.items():
-        if name.startswith("layers."):
-            _, index, part = name.split(".")
-            layers[int(index)][part] = value
-        else:
-            params[name] = value
-    return params
+    return store.tree({place.name for place in places.values()})
 
 
 def convert(tensor: RawTensor, dtype: str) -> NDArray[Any]:
@@ -98,4 +113,6 @@ def convert(tensor: RawTensor, dtype: str) -> NDArray[Any]:
 
 
 def param_bytes(params: dict[str, Any]) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(params))
+    """Of arrays or of shapes, on one device."""
+    leaves = jax.tree_util.tree_leaves(params)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)

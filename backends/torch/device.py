@@ -20,6 +20,8 @@ HOST_SHARE = 4  # a CPU runner takes a quarter of the free memory: the host is n
 def describe(device: torch.device) -> DeviceInfo:
     total, free = memory(device)
     cuda = device.type == "cuda"
+    if device.type == "xla":
+        return describe_xla(total, free)
     return DeviceInfo(
         kind="gpu" if cuda else "cpu",
         name=torch.cuda.get_device_name(device) if cuda else "CPU",
@@ -35,6 +37,54 @@ def describe(device: torch.device) -> DeviceInfo:
         quantization=("fp8", "compressed-tensors", "awq", "gptq"),
         bucket_style="exact",
     )
+
+
+def describe_xla(total: int, free: int) -> DeviceInfo:
+    """Of torch-xla: on a TPU the Pallas kernels want pages of 128 tokens. Weights in few bits and fp8 pages: none."""
+    tpu = xla_platform() == "tpu"
+    return DeviceInfo(
+        kind="tpu" if tpu else "cpu",
+        name="TPU through torch-xla" if tpu else "CPU through torch-xla",
+        memory_bytes=total,
+        free_bytes=free,
+        capabilities=CAPABILITIES,
+        max_in_flight=2,
+        page_tokens=128 if tpu else 64,
+        default_dtype="bfloat16" if tpu else "float32",
+        supported_dtypes=("float32", "bfloat16"),
+        bucket_style="pow2",
+    )
+
+
+def xla_platform() -> str:
+    """What torch-xla runs on, as PJRT_DEVICE says or as it finds: "cpu" | "tpu"."""
+    from torch_xla import runtime
+
+    return str(runtime.device_type()).lower()
+
+
+def xla_device() -> torch.device:
+    """torch-xla's first device. Raises ConfigError where it is not installed, or has another device than these."""
+    remedy = "pip install 'twinfer[torch-xla]' in an environment of its own, as make test-torch-xla does"
+    if find_spec("torch_xla") is None:
+        raise ConfigError(f"--device: 'xla' needs torch-xla, which is not installed; {remedy}")
+    try:
+        import torch_xla
+
+        device = torch_xla.device()
+    except Exception as error:  # an import of a build for another torch, a client that does not start
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ConfigError(
+            f"--device: 'xla' does not start ({cause}); {remedy}, and set PJRT_DEVICE=CPU or TPU"
+        ) from error
+    if xla_platform() not in ("cpu", "tpu"):
+        raise ConfigError(f"--device: 'xla' on PJRT_DEVICE={xla_platform().upper()} is not supported; CPU or TPU")
+    return device
+
+
+def is_host(device: torch.device) -> bool:
+    """Whether its memory is the host's."""
+    return device.type == "cpu" or (device.type == "xla" and xla_platform() == "cpu")
 
 
 def attention_backends(device: torch.device) -> tuple[str, ...]:
@@ -67,6 +117,11 @@ def memory(device: torch.device) -> tuple[int, int]:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total, free
+    if not is_host(device):
+        from torch_xla.core import xla_model
+
+        found = xla_model.get_memory_info(str(device))
+        return found["bytes_limit"], found["bytes_limit"] - found["bytes_used"]
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     kib = {name: int(text.split()[0]) for name, text in fields.items()}
     return kib["MemTotal"] * 1024, kib["MemAvailable"] * 1024
@@ -93,9 +148,11 @@ def choose_device(requested: str) -> torch.device:
     """The device of `--device`."""
     if requested == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if requested == "xla":
+        return xla_device()
     name = {"gpu": "cuda"}.get(requested, requested)
     if name not in ("cpu", "cuda"):
-        raise ConfigError(f"--device: {requested!r} is not known to the torch backend; auto, cpu or cuda")
+        raise ConfigError(f"--device: {requested!r} is not known to the torch backend; auto, cpu, cuda or xla")
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device: 'cuda' was asked for and torch sees no GPU; use --device cpu, or a CUDA torch")
     return torch.device(name)

@@ -63,6 +63,14 @@ class EagerSteps:
         """Z of so many sampled rows."""
         return count
 
+    def take_mask(self, step: Step, allowed: np.ndarray) -> None:
+        """allowed: bool [L, V] of the sampling rows."""
+        step.mask = self._loaded.tables.to_device(allowed)
+
+    def lose(self) -> bool:
+        """After a failure that torch raised: whether cache and tables were lost with it, and are empty ones now."""
+        return False
+
     def forward(self, step: Step) -> None:
         """Table updates, copies, the model, logits of the sampling rows, scores of prompt tokens."""
         decoder, tables = self._loaded.decoder, self._loaded.tables

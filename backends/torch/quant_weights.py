@@ -19,7 +19,7 @@ from cuda_kernels.quant_layout import joined, nibble_weight, plain_weight, round
 from cuda_kernels.quant_weight import QuantWeight, Weight
 from engine.runner import RunnerConfig
 from engine.specs.arch import ArchSpec
-from engine.specs.quant import BLOCK, WeightQuant
+from engine.specs.quant import WeightQuant, stored_sizes
 from engine.specs.weights import ParamSpec, param_table
 
 MOST_ROWS = 128  # of quant_linear.py's own kernels; more may take a weight turned back
@@ -76,7 +76,7 @@ def kept_sizes(arch: ArchSpec, stored: Callable[[str], str], item: int) -> dict[
     sizes: dict[str, list[int]] = {}
     for param in param_table(replace(arch, quant=None)):
         if stored(param.name) in names:
-            parts = part_sizes(quants.get(param.name), param.shape[0], param.shape[1], item)
+            parts = stored_sizes(quants.get(param.name), param.shape[0], param.shape[1], item)
             sizes.setdefault(stored(param.name), []).extend(parts)
     return sizes
 
@@ -107,18 +107,6 @@ def scratch_bytes(
     apart = len(forms) > 1 or any(quant.act_order or quant.per == "block" for quant in quants)  # outputs are joined
     turned = tokens > MOST_ROWS and any(quant.act == "none" for quant in quants)
     return tokens * (inner + rows * apart) * item + turned * rows * inner * item
-
-
-def part_sizes(quant: WeightQuant | None, rows: int, columns: int, item: int) -> list[int]:
-    """Bytes of the tensors of one part, [rows, columns]."""
-    if quant is None:
-        return [rows * columns * item]
-    if quant.scheme == "w4":
-        groups = columns // (quant.group or columns)
-        order = [4 * columns] if quant.act_order else []
-        return [rows * columns // 2, rows * groups * item, rows * groups, *order]
-    scales = -(-rows // BLOCK) * -(-columns // BLOCK) if quant.per == "block" else rows
-    return [rows * columns, 4 * scales, *([4] if quant.act == "static" else [])]
 
 
 def build(quant: WeightQuant | None, fields: dict[str, Tensor], dtype: torch.dtype) -> QuantWeight | Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import fail
-from engine.step import I32, Logprobs, RowError, StepPlan, StepResult
+from engine.step import I32, Logprobs, PromptLogprobs, RowError, StepPlan, StepResult
 
 Scores = tuple[Tensor, Tensor, Tensor, Tensor]
 """chosen f32 [n], rank i32 [n], top ids i32 [n, k], top f32 [n, k]"""
@@ -55,9 +55,9 @@ def read_result(plan: StepPlan, sampling_rows: I32, poisoned: I32, outcome: Outc
         outcome.ready.synchronize()
     if outcome.packed is None:
         fail(f"step {plan.step_id} did not sample")
-    packed, (token_at, unfit_at, bad_at, *broken_at) = outcome.packed.numpy(), outcome.starts
+    packed, (token_at, unfit_at, bad_at, *broken_at) = outcome.packed.cpu().numpy(), outcome.starts
     count, rows = len(sampling_rows), plan.num_rows
-    num_sampled = np.zeros(rows, np.int32)
+    num_sampled, scored = np.zeros(rows, np.int32), plan.prompt_logprobs
     tokens = np.zeros((rows, 1), np.int32)
     error = np.zeros(rows, np.uint8)
     num_sampled[sampling_rows] = 1
@@ -72,14 +72,15 @@ def read_result(plan: StepPlan, sampling_rows: I32, poisoned: I32, outcome: Outc
         num_sampled=num_sampled,
         tokens=tokens,
         error=error,
-        logprobs=None if outcome.scores is None else spread(outcome.scores, sampling_rows, plan.num_rows),
-        prompt_logprobs=gather(outcome.prompt_scores) if outcome.prompt_scores else None,
+        logprobs=None if outcome.scores is None else spread(outcome.scores, sampling_rows, rows, plan.num_logprobs),
+        prompt_logprobs=gather(outcome.prompt_scores, scored) if scored is not None and outcome.prompt_scores else None,
     )
 
 
-def spread(scores: Scores, rows: I32, num_rows: int) -> Logprobs:
-    """Scores of the sampling rows, put at their rows."""
-    chosen, rank, ids, top = (part.cpu().numpy() for part in scores)
+def spread(scores: Scores, rows: I32, num_rows: int, num_top: int) -> Logprobs:
+    """Scores of the sampling rows, put at their rows. What is padded is cut here, on the host."""
+    chosen, rank, ids, top = (part.cpu().numpy()[: len(rows), ...] for part in scores)
+    ids, top = ids[:, :num_top], top[:, :num_top]
     result = Logprobs(
         chosen=np.zeros(num_rows, np.float32),
         rank=np.zeros(num_rows, np.int32),
@@ -90,7 +91,8 @@ def spread(scores: Scores, rows: I32, num_rows: int) -> Logprobs:
     return result
 
 
-def gather(pieces: list[Scores]) -> Logprobs:
-    """Scores of prompt tokens, piece after piece."""
-    chosen, rank, ids, top = (torch.cat(column).cpu().numpy() for column in zip(*pieces, strict=True))
-    return Logprobs(chosen=chosen, rank=rank, top_ids=ids, top=top)
+def gather(pieces: list[Scores], wanted: PromptLogprobs) -> Logprobs:
+    """Scores of prompt tokens, piece after piece; the last may be padded."""
+    columns = (torch.cat([part.cpu() for part in column]).numpy() for column in zip(*pieces, strict=True))
+    chosen, rank, ids, top = (column[: len(wanted.targets)] for column in columns)
+    return Logprobs(chosen=chosen, rank=rank, top_ids=ids[:, : wanted.num_top], top=top[:, : wanted.num_top])

@@ -23,6 +23,7 @@ from backends.torch.results import read_result
 from backends.torch.step import Loaded, Step
 from backends.torch.tables import Tables
 from backends.torch.weights import KV_DTYPES, load_params
+from backends.torch.xla_tables import PaddedTables
 from cuda_kernels.dispatch import cache_shape, has_fused_kernels
 from engine.errors import ConfigError, StepFailed, check, fail
 from engine.opened import Use, is_poisoned, row_uses
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from cuda_kernels.compile_ahead import Compilers  # needs triton
 
 CLOSED = -1
+BROKEN = -2  # a slot of a lost cache: may be closed or opened, not used
 CPU_CACHE_BYTES = 8 << 30  # most that the KV pool takes of a host by itself
 
 
@@ -111,7 +113,7 @@ class Runner:
             free += torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
             return max(0, free - sum(planned.values()) + planned["weights"])
         free -= self._workspace_bytes()
-        if self._device.type == "cpu":
+        if devices.is_host(self._device):
             free = min(free // devices.HOST_SHARE, CPU_CACHE_BYTES)
         return max(0, free)
 
@@ -131,6 +133,7 @@ class Runner:
         if self._decoder is None:
             fail("load comes before allocate_cache")
         fused = has_fused_kernels(self._device)
+        through_xla = self._device.type == "xla"
         caches = [
             torch.zeros(
                 cache_shape(
@@ -139,7 +142,7 @@ class Runner:
                 dtype=KV_DTYPES[config.kv_dtype],
                 device=self._device,
             )
-            for pool in layout.pools
+            for pool in ([] if through_xla else layout.pools)  # XlaSteps makes its own
         ]
         found = {
             layer: (index, group.pool, nth)
@@ -147,7 +150,8 @@ class Runner:
             for nth, layer in enumerate(group.spec.layers)
         }
         max_pages = [-(-config.max_model_len // group.page_tokens) for group in layout.groups]
-        self._tables = Tables(config.max_slots, max_pages, config.arch.vocab_size, config.sampler_limits, self._device)
+        make = PaddedTables if through_xla else Tables
+        self._tables = make(config.max_slots, max_pages, config.arch.vocab_size, config.sampler_limits, self._device)
         loaded = Loaded(
             config=config,
             decoder=self._decoder,
@@ -157,9 +161,15 @@ class Runner:
             places=[found[layer] for layer in range(len(found))],
             compilers=self._compilers,
         )
-        self._work = self._room(loaded) if fused else EagerSteps(loaded)
+        self._work = self._room(loaded, fused)
 
-    def _room(self, loaded: Loaded) -> EagerSteps:
+    def _room(self, loaded: Loaded, fused: bool) -> EagerSteps:
+        if self._device.type == "xla":
+            from backends.torch.xla_steps import XlaSteps  # needs torch-xla and jax
+
+            return XlaSteps(loaded, devices.xla_platform())
+        if not fused:
+            return EagerSteps(loaded)
         if self._config.batch_invariant:
             from backends.torch.invariant import InvariantSteps  # needs triton
 
@@ -232,7 +242,7 @@ class Runner:
         allowed = np.ones((plan.num_rows, vocab), np.bool_)
         unpacked = np.unpackbits(np.ascontiguousarray(bits.astype("<u4")).view(np.uint8), axis=1, bitorder="little")
         allowed[rows] = unpacked[:, :vocab].astype(np.bool_)
-        step.mask = self._ready()[1].to_device(allowed[step.sampling_rows])
+        self._ready()[0].take_mask(step, allowed[step.sampling_rows])
         step.uses |= Use.MASK if len(rows) else Use.NONE
         self._advance()
 
@@ -249,11 +259,17 @@ class Runner:
                 fail(f"step {step.step_id} has no outcome")
             result = read_result(step.plan, step.sampling_rows, step.poisoned, step.outcome)
         except RuntimeError as error:  # torch's own, out of memory among them; the cache is still there
-            text = str(error).splitlines()[0][:200] if str(error) else ""
-            raise StepFailed(f"{type(error).__name__}: {text}") from error
+            raise self._failure(error) from error
         finally:
             self._steps.pop(0)
         return (result,)
+
+    def _failure(self, error: RuntimeError) -> StepFailed:
+        lost = self._ready()[0].lose()
+        if lost:
+            self._generation[self._generation != CLOSED] = BROKEN
+        text = str(error).splitlines()[0][:200] if str(error) else ""
+        return StepFailed(f"{type(error).__name__}: {text}", cache_lost=lost)
 
     def poll(self) -> list[Event]:
         return []

@@ -18,6 +18,7 @@ from engine.opened import Use
 PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 SAMPLING_STREAM = 0
+shifted = torch.bitwise_right_shift  # what >> does but in torch-xla, where that divides, and rounds to 0
 WORD = 0xFFFFFFFF
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 
@@ -63,7 +64,7 @@ def draw(x: Tensor, slots: Tensor, tables: Tables, uses: Use) -> Tensor:
 
 def argmax(x: Tensor) -> Tensor:
     """The first index of the largest value, i64 [B]. x: f32 [B, V]; NaN counts as nothing."""
-    return x.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).argmax(dim=1)
+    return torch.where(x.isnan(), -torch.inf, x).argmax(dim=1)  # torch-xla's nan_to_num takes no infinities
 
 
 def ban_words(x: Tensor, slots: Tensor, tables: Tables) -> Tensor:
@@ -125,7 +126,7 @@ def bisect(enough: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     low = torch.full((x.shape[0],), INT32_MIN, dtype=torch.int64, device=x.device)
     high = torch.full_like(low, INT32_MAX)
     for _ in range(32):
-        middle = (low + high + 1) >> 1  # the upper middle
+        middle = shifted(low + high + 1, 1)  # the upper middle
         ok = enough(middle.int())
         low, high = torch.where(ok, middle, low), torch.where(ok, high, middle - 1)
     return low.int()
@@ -151,7 +152,7 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Ten
         if turn:
             k0, k1 = (k0 + PHILOX_W0) & WORD, (k1 + PHILOX_W1) & WORD
         product0, product1 = c0 * PHILOX_M0, c2 * PHILOX_M1  # modulo 2^64; the sign bit is one of the 64
-        high0, high1 = (product0 >> 32) & WORD, (product1 >> 32) & WORD
+        high0, high1 = shifted(product0, 32) & WORD, shifted(product1, 32) & WORD
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, product1 & WORD, high0 ^ c3 ^ k1, product0 & WORD
     return c0, c1, c2, c3
 

@@ -17,6 +17,7 @@ from engine.step import I32, StepPlan
 from torch_models.decoder import Decoder
 
 if TYPE_CHECKING:
+    from backends.torch.xla_batch import Padded
     from cuda_kernels.compile_ahead import Compilers  # needs triton
 
 
@@ -34,6 +35,7 @@ class Step:
     sampling_slots: Tensor | None = None
     graph_inputs: tuple[int, Tensor, bool] | None = None  # of a decode step that is replayed, see DecodeGraphs.prepare
     mixed_inputs: tuple[int, Tensor] | None = None  # of another step that is replayed, see MixedGraphs.prepare
+    padded: Padded | None = None  # of a step through torch-xla
     ends: Ends | None = None  # what the last layer takes, unless it takes every token
     mask: Tensor | None = None
     begun: bool = False

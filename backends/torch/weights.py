@@ -60,6 +60,7 @@ def load_params(
     """
     places = storage(arch)
     table = param_table(arch)
+    target, device = device, filled_on(device)
     quant = QuantLoad(arch, {param.weight: stored_name(param.weight) for param in table}, DTYPES[dtype])
     flat: dict[str, Any] = {}
     to_come = {param.name for param in table}
@@ -79,11 +80,23 @@ def load_params(
             flat[name] = torch.empty(shape, dtype=stored, device=device)
         fill(flat[name][start : start + param.shape[0]], numbers)
     check(not to_come, f"parameters are incomplete: {sorted(to_come)}")
+    return tree(arch, settled(flat, target))
+
+
+def filled_on(device: torch.device) -> torch.device:
+    """Where parameters are put together: on the host for torch-xla, where each copy would be a program."""
+    return torch.device("cpu") if device.type == "xla" else device
+
+
+def settled(flat: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The parameters where they stay, and as products like them best."""
+    if device.type == "xla":
+        return {name: value.to(device) for name, value in flat.items()}
     for name, value in flat.items():
         # rows of the embedding table are read one by one; what is in few bits is settled already
         if isinstance(value, Tensor) and value.dim() == 2 and name != "embed" and not value.is_mkldnn:
             flat[name] = pack(value)
-    return tree(arch, flat)
+    return flat
 
 
 def fill(target: Tensor, numbers: Tensor) -> None:

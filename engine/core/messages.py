@@ -122,6 +122,7 @@ class CoreReady(msgspec.Struct, tag="ready", array_like=True):
     backend_reason: str = ""  # why this backend was chosen
     memory: dict[str, int] = {}  # bytes by purpose as planned, kv_cache and the allocator's peak; {} where not planned
     notes: list[str] = []  # lines worth telling the user
+    num_compiles: int = 0  # programs or kernels compiled at this start, without those loaded from --executables
 
 
 class CoreFailed(msgspec.Struct, tag="core_failed", array_like=True):

@@ -16,14 +16,16 @@ from engine.config import EngineConfig
 from engine.core.loop import CoreLoop
 from engine.core.messages import CoreReady
 from engine.core.timeline import Timeline
+from engine.errors import ConfigError
 from engine.executor.base import SameProcess
 from engine.memory import MemoryPlan, check_pages, plan_memory, report
 from engine.resolve import Resolved, plan_cache, resolve
-from engine.runner import DeviceInfo, ModelRunner, Placement, Progress, load_runner
+from engine.runner import DeviceInfo, Placement, Progress, load_runner
 from engine.scheduler.config import SchedulerConfig
 from engine.scheduler.scheduler import Scheduler
 from engine.specs.cache import CacheLayout
 from engine.specs.checkpoint import read_config
+from engine.specs.executables import read_manifest
 from engine.specs.families import parse_config
 
 log = logging.getLogger("twinfer.core")
@@ -48,8 +50,12 @@ def has_nvidia_gpu() -> bool:
 
 def choose_backend(requested: str, device: str) -> Backend:
     """auto: TPU -> jax; NVIDIA GPU with torch -> torch; else jax. Looks without importing a framework."""
+    if device == "xla" and requested == "jax":
+        raise ConfigError("--device: 'xla' is torch-xla, not jax; use --backend torch, or --device tpu with jax")
     if requested != "auto":
         return Backend(requested, "as asked")
+    if device == "xla":
+        return Backend("torch", "--device xla")
     if device in ("auto", "tpu") and has_tpu():
         return Backend("jax", "a TPU was found")
     if device in ("auto", "cuda", "gpu") and has_nvidia_gpu():
@@ -77,8 +83,9 @@ def start_core(config: EngineConfig, model_path: Path, progress: Progress | None
     timeline.done("configure")
     runner.load(None if config.model.load_format == "dummy" else model_path, progress)
     timeline.done("load")
-    budget = kv_budget(config, device, runner, plan)
-    layout, max_model_len, notes = plan_cache(config, resolved, budget)
+    budget = kv_budget(config, device, runner.cache_budget_bytes(), plan)
+    bundle = None if config.executables is None else read_manifest(Path(config.executables))
+    layout, max_model_len, notes = plan_cache(config, resolved, budget, None if bundle is None else bundle.num_pages)
     if plan is not None:
         check_pages(config, plan, layout)
     runner.allocate_cache(layout)
@@ -90,6 +97,11 @@ def start_core(config: EngineConfig, model_path: Path, progress: Progress | None
     facts = ready(resolved, layout, device, max_model_len)
     facts.backend, facts.backend_reason = backend.name, backend.reason
     facts.notes = [*resolved.notes, *notes]
+    facts.num_compiles = runner.num_compiles()
+    if bundle is not None:
+        facts.notes.append(
+            f"{len(bundle.programs)} programs loaded from {config.executables}, {facts.num_compiles} compiled"
+        )
     timeline.done("scheduler")
     facts.startup_s = timeline.seconds
     log.info("%s", timeline.table())
@@ -101,12 +113,12 @@ def start_core(config: EngineConfig, model_path: Path, progress: Progress | None
     return loop, facts
 
 
-def kv_budget(config: EngineConfig, device: DeviceInfo, runner: ModelRunner, plan: MemoryPlan | None) -> int:
+def kv_budget(config: EngineConfig, device: DeviceInfo, left: int, plan: MemoryPlan | None) -> int:
     """Bytes for the KV pool: as planned, or less if other processes have grown since; without a plan what is left.
 
-    A CPU runner names a modest share of the host's memory by itself: the host is not the engine's alone.
+    left: what the runner says. A CPU runner names a modest share of the host's memory by itself: the host is not the
+    engine's alone.
     """
-    left = runner.cache_budget_bytes()
     if plan is not None:
         return min(left, plan.kv_bytes)
     if device.kind in ("gpu", "tpu"):

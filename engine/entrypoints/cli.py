@@ -22,7 +22,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "inspect_checkpoint_command",
         "Show a checkpoint's layers, parameters, shards, cache groups and bytes.",
     ),
+    "plan": ("plan_command", "Say whether a model fits a TPU slice or GPUs, with what room and which step floor."),
     "convert": ("convert_checkpoint_command", "Write a checkpoint in a form that loads straight into sharded arrays."),
+    "compile": (
+        "compile_ahead_command",
+        "Compile a model's programs ahead, for serve --executables; no weights needed.",
+    ),
     "bench latency": ("bench_latency_command", "Time of one batch, offline."),
     "bench throughput": ("bench_throughput_command", "Tokens per second of many prompts, offline."),
     "bench serve": ("bench_serve_command", "Latencies and throughput of a running server under load."),

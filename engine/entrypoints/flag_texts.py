@@ -41,10 +41,11 @@ HELP: dict[str, str] = {
     "data_parallel_size": "Copies of the model.",
     # engine
     "backend": "Framework that runs the model; auto: TPU -> jax, NVIDIA GPU with torch -> torch, else jax.",
-    "device": "Kind of device.",
+    "device": "Kind of device; xla: the torch backend through torch-xla, on what PJRT_DEVICE names.",
     "attention_backend": "Attention of prompts too long for captured steps on a GPU: ours (TRITON_ATTN, auto) or "
     "FlashInfer's, if installed; decode and short prompts always take ours.",
     "batch_invariant": "Bitwise the same tokens and logprobs alone and in any batch, chunked or cached; slower.",
+    "executables": "Load programs from this folder of twinfer compile instead of compiling them; jax backend.",
     "log_stats": "Log throughput and cache use now and then.",
     # server
     "host": "Address to listen on. Others than loopback need --api-key or --insecure-no-auth.",
@@ -73,7 +74,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "scheduling_policy": ("fcfs", "priority"),
     "backend": ("auto", "jax", "torch", "fake"),
     "attention_backend": ("auto", "TRITON_ATTN", "FLASHINFER"),
-    "device": ("auto", "cpu", "cuda", "gpu", "tpu"),
+    "device": ("auto", "cpu", "cuda", "gpu", "tpu", "xla"),
     "uvicorn_log_level": ("critical", "error", "warning", "info", "debug", "trace"),
 }
 

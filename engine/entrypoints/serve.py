@@ -142,7 +142,7 @@ def banner(ready: CoreReady, model: str, url: str, settings: ServerSettings) -> 
         f"model {model}",
         ready.dtype,
         f"{ready.kv_tokens:,} KV tokens",
-        f"ready in {sum(ready.startup_s.values()):.1f} s",
+        f"ready in {sum(ready.startup_s.values()):.1f} s, {ready.num_compiles} compiled",
         url,
     ]
     body = json.dumps({"model": model, "prompt": "def add(a, b):", "max_tokens": 32, "temperature": 0})

@@ -7,6 +7,8 @@ last ranks may hold fewer (or no) rows: a backend pads them.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from engine.errors import ConfigError
 from engine.specs.arch import ArchSpec
 from engine.specs.weights import ParamSpec
@@ -73,3 +75,24 @@ def cut(param: ParamSpec, part: tuple[int, int], span: int, unit: int, ranks: in
 
 def shard_shape(param: ParamSpec, tensor_size: int, tensor_rank: int) -> tuple[int, ...]:
     return tuple(part.stop - part.start for part in shard_slices(param, tensor_size, tensor_rank))
+
+
+def rank_arch(arch: ArchSpec, tensor_size: int) -> ArchSpec:
+    """`arch` as rank 0 of `tensor_size` holds it: its heads, ffn columns and rows of the vocabulary; checked to split.
+
+    Its parameters have the shapes of shard_shape; the last ranks may have fewer rows of the vocabulary.
+    """
+    check_parallel(arch, tensor_size)
+    layers = tuple(
+        replace(
+            layer,
+            mixer=replace(
+                layer.mixer,
+                num_heads=layer.mixer.num_heads // tensor_size,
+                num_kv_heads=max(1, layer.mixer.num_kv_heads // tensor_size),
+            ),
+            ffn=replace(layer.ffn, size=layer.ffn.size // tensor_size),
+        )
+        for layer in arch.layers
+    )
+    return replace(arch, layers=layers, vocab_size=-(-arch.vocab_size // tensor_size))

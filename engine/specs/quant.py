@@ -223,3 +223,15 @@ def nibble_tensors(quant: WeightQuant, columns: int, spread: float) -> tuple[Qua
             )
         )
     return tuple(tensors)
+
+
+def stored_sizes(quant: WeightQuant | None, rows: int, columns: int, item: int) -> list[int]:
+    """Bytes of the tensors that a device keeps of a weight [rows, columns]. item: of a number of the activations."""
+    if quant is None:
+        return [rows * columns * item]
+    if quant.scheme == "w4":
+        groups = columns // (quant.group or columns)
+        order = [4 * columns] if quant.act_order else []
+        return [rows * columns // 2, rows * groups * item, rows * groups, *order]
+    scales = -(-rows // BLOCK) * -(-columns // BLOCK) if quant.per == "block" else rows
+    return [rows * columns, 4 * scales, *([4] if quant.act == "static" else [])]

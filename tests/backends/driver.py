@@ -33,6 +33,7 @@ from engine.step import (
 )
 
 PAGE = 16
+DEVICE = os.environ.get("TWINFER_TEST_DEVICE", "cpu")  # cuda: the suite on a GPU; xla: through torch-xla
 
 
 def llama(
@@ -181,7 +182,7 @@ class Driver:
     ) -> None:
         self.runner, self.arch = runner, llama() if arch is None else arch
         self.random = random.Random(seed)
-        self.device = runner.describe()
+        self.device = runner.describe(config.get("device", DEVICE))
         groups = cache_groups(self.arch) if groups is None else groups
         compiled = self.device.bucket_style == "pow2"
         values: dict[str, Any] = {
@@ -195,11 +196,12 @@ class Driver:
             "row_buckets": (4, 12) if compiled else (),
             "max_in_flight": min(2, self.device.max_in_flight),
             "load_format": "dummy",
-            "device": os.environ.get("TWINFER_TEST_DEVICE", "cpu"),  # cuda: the suite on a GPU
+            "device": DEVICE,
             "num_threads": 1,
         }
         self.config = RunnerConfig(**(values | config))
-        self.layout = replace(layout(groups, num_pages=64), kv_dtype=self.config.kv_dtype)
+        page = self.config.page_tokens[0]
+        self.layout = replace(layout(groups, 64, page, self.config.tensor_size), kv_dtype=self.config.kv_dtype)
         runner.configure(self.config, Placement())
         runner.load(None)
         self.budget_bytes = runner.cache_budget_bytes()
@@ -448,7 +450,7 @@ def deltas(entries: list[list[tuple[int, int, int]]]) -> tuple[PageDelta | None,
     return tuple(result)
 
 
-def layout(groups: tuple[GroupSpec, ...], num_pages: int) -> CacheLayout:
+def layout(groups: tuple[GroupSpec, ...], num_pages: int, page: int = PAGE, ranks: int = 1) -> CacheLayout:
     """Groups whose pages have one shape share a pool; cross and state groups have pools of their own. float32."""
     pools: list[PoolLayout] = []
     pool_of: dict[tuple[int, int, int], int] = {}
@@ -457,19 +459,19 @@ def layout(groups: tuple[GroupSpec, ...], num_pages: int) -> CacheLayout:
         shape = (len(group.layers), group.num_kv_heads, group.head_size)
         alone = group.kind in (GroupKind.CROSS, GroupKind.STATE)
         if alone or shape not in pool_of:
-            layers, heads, size = shape
+            layers, heads, size = shape[0], max(1, shape[1] // ranks), shape[2]
             pools.append(
                 PoolLayout(
                     num_pages=num_pages,
-                    page_bytes=2 * 4 * PAGE * layers * heads * size,
+                    page_bytes=2 * 4 * page * layers * heads * size,
                     num_layers=layers,
                     num_kv_heads=heads,
                     head_size=size,
-                    page_tokens=PAGE,
+                    page_tokens=page,
                 )
             )
             if not alone:
                 pool_of[shape] = len(pools) - 1
         pool = len(pools) - 1 if alone else pool_of[shape]
-        placed.append(GroupLayout(spec=group, pool=pool, page_tokens=PAGE))
+        placed.append(GroupLayout(spec=group, pool=pool, page_tokens=page))
     return CacheLayout(groups=tuple(placed), pools=tuple(pools))

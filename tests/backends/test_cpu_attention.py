@@ -105,3 +105,19 @@ def test_equals_dense_and_writes_the_same_cache(
 def test_the_library_was_built_from_these_sources() -> None:
     assert cpu_attention.available(64)
     assert cpu_library.source_digest() == build_cpu.source_digest()
+
+
+def test_the_plain_kernel_writes_into_the_pool_that_it_is_given() -> None:
+    """On a CPU nothing as large as the pool lies beside it: XLA:CPU copies an operand around some scatters."""
+    tokens, heads, size, page = 5, 2, 16, 8
+    cache = jnp.zeros((2, 40, 2, heads, page, size), jnp.float32)
+    rng = np.random.default_rng(0)
+    k, v = (rng.standard_normal((tokens, heads, size)).astype(np.float32) for _ in range(2))
+    k[2, 0, 0] = np.nan
+    pages, offsets = np.array([3, 3, 7, 39, 0], np.int32), np.array([0, 7, 2, 4, 1], np.int32)
+    write = jax.jit(plain.write, donate_argnums=2).lower(k, v, cache, np.int32(1), pages, offsets).compile()
+    assert write.memory_analysis().temp_size_in_bytes < cache.nbytes / 4
+    wanted = np.zeros(cache.shape, np.float32)
+    for token in range(tokens):
+        wanted[1, pages[token], :, :, offsets[token]] = np.nan_to_num(np.stack((k[token], v[token])))
+    np.testing.assert_array_equal(write(k, v, cache, np.int32(1), pages, offsets), wanted)

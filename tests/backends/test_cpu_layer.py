@@ -121,7 +121,7 @@ def test_equals_separate_operations(name: str, step: str, dtype: str) -> None:
     work, tokens, pages = make_work(*STEPS[step])
     rng = np.random.default_rng(tokens)
     x = jnp.asarray(rng.standard_normal((tokens, case.width)), dtype)
-    shape = dispatch.cache_shape(LAYERS, pages, PAGE, mixer.num_kv_heads, mixer.head_size)
+    shape = dispatch.cache_shape("cpu", LAYERS, pages, PAGE, mixer.num_kv_heads, mixer.head_size)
     cache = jnp.asarray(rng.standard_normal(shape), dtype)
     if dtype == "bfloat16":
         cache = jax.lax.bitcast_convert_type(cache, jnp.uint16)
@@ -152,7 +152,7 @@ def test_says_what_it_does_not_take() -> None:
     assert not dispatch.has_whole_layers("plain", 1, 64, "float32")
     work, tokens, pages = make_work([(1, 1)], 0)
     parts = make_params(LLAMA, "float32")
-    cache = jnp.zeros(dispatch.cache_shape(LAYERS, pages, PAGE, 2, 32))
+    cache = jnp.zeros(dispatch.cache_shape("cpu", LAYERS, pages, PAGE, 2, 32))
     options = {"num_heads": 4, "activation": "silu", "eps": 1e-5, "offset": 0.0, "scale": 1.0}
     options |= {"window": None, "logit_cap": None}
     x = jnp.zeros((tokens, LLAMA.width))

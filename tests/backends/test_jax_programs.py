@@ -10,6 +10,7 @@ from jax import monitoring
 
 from backends.jax.programs import ProgramSet
 from backends.jax.runner import Runner
+from backends.jax.split import Split
 from backends.jax.weights import load_params
 from engine.errors import InternalError, StepFailed
 from engine.runner import RunnerConfig, SamplerLimits
@@ -28,10 +29,10 @@ def programs(arch: ArchSpec, dtype: str, num_pages: int) -> ProgramSet:
         arch=arch, dtype=dtype, kv_dtype=dtype, max_slots=4, max_model_len=64, page_tokens=(16,),
         token_buckets=(4, 32), row_buckets=(4,), load_format="dummy", sampler_limits=LIMITS,
     )  # fmt: skip
-    device = jax.devices("cpu")[0]
+    split = Split([jax.devices("cpu")[0]])
     pages = replace(layout(cache_groups(arch), num_pages=num_pages), kv_dtype=dtype)
-    params = load_params(arch, dummy_params(arch, 0), dtype, device)
-    made = ProgramSet(config, pages, params, device)
+    params = load_params(arch, dummy_params(arch, 0), dtype, split)
+    made = ProgramSet(config, pages, params, split)
     made.compile(lambda phase, done, total: None)
     return made
 

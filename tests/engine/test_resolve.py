@@ -82,6 +82,39 @@ def test_equal_groups_share_a_pool_and_others_do_not() -> None:
     assert sum(p.num_pages * p.page_bytes for p in unequal.pools) <= 64 << 20
 
 
+def test_executables_fix_the_pages() -> None:
+    config, device = EngineConfig(executables="b"), replace(CPU, capabilities=frozenset({Capability.EXECUTABLES}))
+    resolved = resolve(config, arch((128, 128, None)), device)
+    assert resolved.runner.executables == "b" and resolve(EngineConfig(), arch(), CPU).runner.executables == ""
+    layout, length, notes = plan_cache(config, resolved, 64 << 20, (50, 40))
+    assert [pool.num_pages for pool in layout.pools] == [50, 40] and (length, notes) == (2048, ())
+    asked = sum(pool.num_pages * pool.page_bytes for pool in layout.pools)
+    assert plan_cache(config, resolved, asked, (50, 40))[0] == layout
+    with pytest.raises(
+        ConfigError, match=r"--executables: b was built for 49 \+ 39 KV pages, .* and .* GiB are left; "
+    ):
+        plan_cache(config, resolved, asked - 1, (50, 40))
+    _, length, notes = plan_cache(config, resolved, 64 << 20, (50, 11))
+    assert length == 10 * 64
+    assert notes == ("the KV pages of b hold 640 tokens, --max-model-len is 2048; the model length is 640",)
+    given = replace(config, model=ModelConfig(max_model_len=2048))
+    with pytest.raises(
+        ConfigError, match=r"the KV pages of b hold 640 tokens.*; lower --max-model-len to 640, or build"
+    ):
+        plan_cache(given, resolve(given, arch((128, 128, None)), device), 64 << 20, (50, 11))
+
+
+def test_executables_are_refused_by_name_where_they_cannot_be_used() -> None:
+    device = replace(CPU, capabilities=frozenset({Capability.EXECUTABLES}))
+    with pytest.raises(ConfigError, match="--executables: not supported by this backend on cpu; use --backend jax"):
+        resolve(EngineConfig(executables="b"), arch(), CPU)
+    with pytest.raises(ConfigError, match="--executables: '' is not accepted; expected the folder"):
+        resolve(EngineConfig(executables=""), arch(), device)
+    for cache in (CacheConfig(num_gpu_blocks_override=5), CacheConfig(kv_cache_memory_bytes=5)):
+        with pytest.raises(ConfigError, match="5 does not work with --executables, which fix the KV pages"):
+            resolve(EngineConfig(executables="b", cache=cache), arch(), device)
+
+
 def test_a_short_budget_shrinks_the_length_only_when_none_was_given() -> None:
     config = EngineConfig()
     resolved = resolve(config, arch(), CPU)

@@ -17,6 +17,7 @@ import pytest
 
 from backends.jax import orbax
 from backends.jax.load import load_weights
+from backends.jax.split import Split
 from engine.entrypoints import convert_command, inspect_command
 from engine.errors import CheckpointError, ConfigError
 from engine.runner import RunnerConfig
@@ -65,11 +66,11 @@ def test_same_numbers(family: str, dtype: str, tmp_path: Path) -> None:
 def test_runner_loads_the_same_arrays(load_format: str, dtype: str, tmp_path: Path) -> None:
     source, target = write_checkpoint("phi3", tmp_path / "hf", dtype="bfloat16"), tmp_path / "orbax"
     convert_command.run(source, target)
-    arch, device = parse_config(read_config(source)), jax.devices("cpu")[0]
+    arch, split = parse_config(read_config(source)), Split(jax.devices("cpu")[:1])
     config = runner_config(arch, dtype, load_format)
     seen: list[int] = []
-    plain = load_weights(replace(config, load_format="auto"), source, device, None)
-    ours = load_weights(config, target, device, lambda _, done, total: seen.append(total - done))
+    plain = load_weights(replace(config, load_format="auto"), source, split, None)
+    ours = load_weights(config, target, split, lambda _, done, total: seen.append(total - done))
     assert jax.tree.structure(ours) == jax.tree.structure(plain) and seen[-1] == 0
     for left, right in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
         assert left.dtype == right.dtype == dtype

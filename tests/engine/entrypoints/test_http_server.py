@@ -62,6 +62,7 @@ def test_tls_files_that_cannot_be_used(tmp_path: Path) -> None:
 def test_banner() -> None:
     lines = banner(READY, "it's", "http://h:1", ServerSettings(api_key=("k",))).splitlines()
     assert "backend fake (as asked) | device none | model it's | float32 | 64 KV tokens | ready in 1.5 s" in lines[0]
+    assert " s, 0 compiled | http://h:1" in lines[0]
     assert lines[1] == "note: a note"
     assert lines[2].startswith("curl http://h:1/v1/completions ")
     assert "Bearer $TWINFER_API_KEY" in lines[2] and "it'\\''s" in lines[2]

@@ -1,0 +1,57 @@
+"""How one process spreads a model over its devices: a mesh, and where each array lies on it.
+
+The forward program is written for one device's part and runs under `shard_map` (forward.py): heads, ffn and vocabulary
+are split over the axis "model", what a device computes alone is summed where a layer needs the whole. Everything else
+(sampling, scoring, table updates) is an ordinary program that XLA partitions. Letters: V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from engine.specs.parallel import shard_slices
+from engine.specs.weights import ParamSpec
+
+AXIS = "model"
+SPLIT_AXES = ("heads", "kv_heads", "ffn", "vocab")
+
+
+class Split:
+    """devices: those that share every layer, at least one."""
+
+    def __init__(self, devices: Sequence[jax.Device]) -> None:
+        self.devices = tuple(devices)
+        self.device = devices[0]
+        self.platform = self.device.platform
+        self.size = len(devices)
+        self.mesh = Mesh(np.array(devices).reshape(1, -1), ("data", AXIS))
+
+    def sharding(self, spec: PartitionSpec | None = None) -> Sharding:
+        """Of an array that lies as `spec` says, None: whole on each device."""
+        if self.size == 1:
+            return SingleDeviceSharding(self.device)
+        return NamedSharding(self.mesh, PartitionSpec() if spec is None else spec)
+
+    def shape(self, shape: tuple[int, ...], dtype: Any, spec: PartitionSpec | None = None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.sharding(spec))
+
+
+def param_spec(param: ParamSpec) -> PartitionSpec:
+    return PartitionSpec(*(AXIS if axis in SPLIT_AXES else None for axis in param.axes))
+
+
+def rank_rows(param: ParamSpec, ranks: int) -> list[slice]:
+    """The rows of each rank; one slice where rows are not split. The last ranks of a vocabulary may have fewer."""
+    if ranks == 1 or param.axes[0] not in SPLIT_AXES:
+        return [slice(0, param.shape[0])]
+    return [shard_slices(param, ranks, rank)[0] for rank in range(ranks)]
+
+
+def specs_of(tree: Any) -> Any:
+    """The PartitionSpec of each array or shape of a tree."""
+    return jax.tree_util.tree_map(lambda x: x.sharding.spec, tree)

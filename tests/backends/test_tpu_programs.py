@@ -1,0 +1,78 @@
+"""Gates on the programs of a TPU, compiled without one: few arguments, no copy of the cache or of the weights.
+
+And memory as planned, and two all-reduces a layer.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from typing import Any
+
+import jax
+import pytest
+
+from backends.jax import mesh
+from backends.jax.programs import ProgramSet
+from backends.jax.split import Split
+from backends.jax.weights import param_bytes, param_shapes
+from backends.jax.workspace import workspace_bytes
+from engine.runner import RunnerConfig, SamplerLimits
+from engine.specs.cache import cache_groups
+from engine.specs.families import parse_config
+from tests.backends.driver import layout
+
+pytestmark = pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed")
+LIMITS = SamplerLimits(max_logprobs=5, max_logit_bias=16, max_stop_ids=8, max_bad_words=4, max_bad_word_len=4)
+SMALL: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 128, "hidden_act": "silu",
+    "hidden_size": 512, "intermediate_size": 2048, "max_position_embeddings": 4096, "num_attention_heads": 8,
+    "num_hidden_layers": 6, "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+    "tie_word_embeddings": True, "torch_dtype": "bfloat16", "vocab_size": 4096, "attention_bias": False,
+}  # fmt: skip
+
+
+def made(slice_name: str, ranks: int, pages: int) -> tuple[ProgramSet, RunnerConfig, Any, Split]:
+    arch, split = parse_config(SMALL), mesh.absent_tpu(slice_name).split(ranks)
+    config = RunnerConfig(
+        arch=arch, dtype="bfloat16", kv_dtype="bfloat16", max_slots=8, max_model_len=2048, page_tokens=(128,),
+        token_buckets=(8, 256), row_buckets=(8,), load_format="dummy", sampler_limits=LIMITS, tensor_size=ranks,
+    )  # fmt: skip
+    held = layout(cache_groups(arch), pages, 128, ranks)
+    held = type(held)(groups=held.groups, pools=held.pools, kv_dtype="bfloat16")
+    params = param_shapes(arch, "bfloat16", split)
+    return ProgramSet(config, held, params, split), config, params, split
+
+
+def cache_bytes(pages: int, ranks: int) -> int:
+    return 6 * pages * 2 * 128 * (4 // ranks) * 128 * 2
+
+
+def test_one_chip() -> None:
+    """No scratch grows with the cache (1 % is let pass), which each takes over; none needs more than was planned."""
+    few, config, params, split = made("v6e", 1, 16)
+    many, *_ = made("v6e", 1, 256)
+    planned = workspace_bytes(config, params, split)
+    for small, large in zip(few.programs(), many.programs(), strict=True):
+        if small.name[0] not in ("forward", "sample", "copy"):
+            continue
+        assert len(jax.tree_util.tree_leaves(large.args)) < 50, large.name
+        scratch = few.build(small).memory_analysis().temp_size_in_bytes
+        memory = many.build(large).memory_analysis()
+        assert memory.temp_size_in_bytes < scratch + (cache_bytes(256, 1) - cache_bytes(16, 1)) / 100, large.name
+        assert scratch < param_bytes(params) / 2 and scratch < planned, large.name
+        if small.name[0] != "sample":
+            assert memory.alias_size_in_bytes >= cache_bytes(256, 1), large.name
+
+
+def test_two_all_reduces_a_layer_over_four_chips() -> None:
+    """In the loop's body; outside, one for the embedding and three for the likeliest id."""
+    programs, _, params, _ = made("v6e:2x2", 4, 64)
+    assert param_bytes(params) < 0.3 * param_bytes(made("v6e", 1, 64)[2])
+    program = next(program for program in programs.programs() if program.name == ("forward", 8))
+    compiled = programs.build(program)
+    assert compiled.memory_analysis().alias_size_in_bytes >= cache_bytes(64, 4)
+    kinds = re.findall(
+        r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", compiled.as_text()
+    )
+    assert kinds == ["all-reduce"] * 6
