@@ -59,7 +59,7 @@ class RoundedSteps(InvariantSteps):
 
 
 class RoundedRunner(Runner):
-    def _room(self, loaded: Loaded) -> EagerSteps:
+    def _room(self, loaded: Loaded, fused: bool) -> EagerSteps:
         return RoundedSteps(loaded)
 
 
