@@ -43,7 +43,7 @@ def test_what_fits(folder: Path, capsys: Capture) -> None:
         "weights                  14.96 GiB  exact",
         "131,072 bytes a token, pages of 128",
         "98,688 tokens of KV cache; largest context of one request 98,688",
-        "largest batch at 4,096 tokens each: 23",
+        "largest batch at 4,096 tokens each: 24",
         "floor of a step: peaks of the data sheet, nothing measured",
         "decode, 1 x 4,096      9.48 ms  at most 105",
     ):
