@@ -6,7 +6,7 @@ Letters: T tokens · S rows · N query heads · K KV heads · H head size · L l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -21,6 +21,11 @@ from pallas_kernels.cpu_library import library
 
 RANKS: ContextVar[str | None] = ContextVar("RANKS", default=None)
 """The mesh axis of the program that is being traced, None: one device has all."""
+ATTENTION: Mapping[str, Callable[..., tuple[Array, Array]]] = {
+    "plain": plain.paged_attention,
+    "cpu": cpu_attention.paged_attention,
+    "gpu": gpu_attention.paged_attention,
+}
 TILE_TOKENS = 128
 """Query tokens of one prefill tile of the plain kernel."""
 
@@ -201,10 +206,7 @@ def paged_attention(
         )  # fmt: skip
     if cache.shape[2:] != (2, kv_heads, work.page_tokens, size):
         raise ValueError(f"cache {cache.shape} does not hold pages of {work.page_tokens} tokens of k {k.shape}")
-    attend = cpu_attention.paged_attention if work.kernel == "cpu" else plain.paged_attention
-    if work.kernel == "gpu":
-        attend = partial(plain.paged_attention, kernels=(gpu_attention.attend_decode, gpu_attention.attend_tiles))
-    return attend(
+    return ATTENTION[work.kernel](
         q,
         k,
         v,
