@@ -25,6 +25,7 @@ ATTENTION: Mapping[str, Callable[..., tuple[Array, Array]]] = {
     "plain": plain.paged_attention,
     "cpu": cpu_attention.paged_attention,
     "gpu": gpu_attention.paged_attention,
+    "gpu_interpreted": partial(gpu_attention.paged_attention, interpret=True),
 }
 TILE_TOKENS = 128
 """Query tokens of one prefill tile of the plain kernel."""
@@ -37,7 +38,7 @@ class Work:
     Row r owns tokens [query_starts[r], query_starts[r] + num_new[r]) of the step, at positions from num_computed[r] on.
     """
 
-    kernel: str  # "plain" | "cpu" | "gpu" | "tpu" | "tpu_interpreted"
+    kernel: str  # "plain" | "cpu" | "gpu" | "tpu"; "gpu_interpreted", "tpu_interpreted" in tests
     page_tokens: int
     num_rows: Array  # i32 []
     page_table: Array  # i32 [S, max_pages]

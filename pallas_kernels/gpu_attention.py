@@ -23,7 +23,7 @@ from pallas_kernels.paged_attention import MASKED
 TILE = 16  # rows of the smallest product
 PROGRAMS = 512  # wanted at once: about four a processor
 TOKENS = 128  # of a tile: dispatch.TILE_TOKENS
-HEAD_SIZES = (64, 128, 256)  # Triton's tiles are powers of two
+HEAD_SIZES = (16, 32, 64, 128, 256)  # Triton's tiles are powers of two
 WHOLE = pl.BlockSpec(memory_space=pl.ANY)
 
 
@@ -68,6 +68,11 @@ def paged_attention(
     if tokens > 1:
         out = attend_tiles(out, cache, heads, (*rows, tile_rows, tile_starts, num_tiles[None]), **limits)
     return out[:tokens, :heads], cache
+
+
+def dot(a: Array, b: Array, trans_b: bool = False) -> Array:
+    """a @ b, f32; float32 is not rounded to TF32."""
+    return plgpu.dot(a, b, trans_b=trans_b, allow_tf32=False if a.dtype == jnp.float32 else None)
 
 
 def write(k: Array, v: Array, cache: Array, layer: Array, page: Array, offset: Array, interpret: bool) -> Array:
@@ -170,7 +175,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         top, total, acc = state
         held = table[row, column]
         keys, values = cache[at, held, 0, head], cache[at, held, 1, head]  # [page, H]
-        scores = plgpu.dot(queries, keys, trans_b=True) * scale  # [tile, page]
+        scores = dot(queries, keys, trans_b=True) * scale  # [tile, page]
         if logit_cap is not None:
             scores = logit_cap * jnp.tanh(scores / logit_cap)
         key = column * page + lax.broadcasted_iota(jnp.int32, (tile, page), 1)
@@ -182,7 +187,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         share = jnp.where(seen, jnp.exp(scores - higher[:, None]), 0.0)
         kept = jnp.exp(top - higher)
         total = total * kept + jnp.sum(share, axis=1)
-        acc = acc * kept[:, None] + plgpu.dot(share.astype(values.dtype), values)
+        acc = acc * kept[:, None] + dot(share.astype(values.dtype), values)
         return higher, total, acc
 
     start = (
@@ -216,7 +221,7 @@ def join_kernel(_, query_starts, num_new, sums, tops, weights, out, *, splits): 
         return higher, total * kept + weights[row, head, split] * share, acc * kept + sums[row, head, split] * share
 
     start = jnp.float32(MASKED), jnp.float32(0.0), jnp.zeros(out.shape[-1:], jnp.float32)
-    _, total, acc = lax.fori_loop(0, jnp.where(one, splits, 0), add, start)
+    _, total, acc = lax.fori_loop(0, splits, add, start)
     mixed = (acc / jnp.maximum(total, 1e-30)).astype(out.dtype)
     token = jnp.where(one, query_starts[row], 0)
     plgpu.store(out.at[token, head], mixed, mask=jnp.full(mixed.shape, one))
@@ -264,21 +269,32 @@ def tiles_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One tile of a row's tokens for one query head."""
     tile, head = pl.program_id(0), pl.program_id(1)
-    at, row, start = layer[0], tile_rows[tile], tile_starts[tile]
-    live = tile < num_tiles[0]
-    count = jnp.where(live, jnp.minimum(query_starts[row] + num_new[row] - start, TOKENS), 0)
+    body = functools.partial(
+        tile_kernel, q, cache, layer, table, (query_starts, num_new, num_computed), (tile_rows, tile_starts), out,
+        tile=tile, head=head, group=group, page=page, scale=scale, window=window, logit_cap=logit_cap,
+    )  # fmt: skip
+    pl.when(tile < num_tiles[0])(body)
+
+
+def tile_kernel(  # type: ignore[no-untyped-def]
+    q, cache, layer, table, rows, tiles, out, *, tile, head, group, page, scale, window, logit_cap
+):  # fmt: skip
+    """The body of tiles_kernel."""
+    query_starts, num_new, num_computed = rows
+    at, row, start = layer[0], tiles[0][tile], tiles[1][tile]
+    count = jnp.minimum(query_starts[row] + num_new[row] - start, TOKENS)
     base = num_computed[row] + start - query_starts[row]  # position of the tile's first token
     token = lax.broadcasted_iota(jnp.int32, (TOKENS, page), 0)
     mine = lax.broadcasted_iota(jnp.int32, (TOKENS, q.shape[-1]), 0) < count
     queries = plgpu.load(q.at[pl.ds(start, TOKENS), head], mask=mine, other=0.0)
     first = 0 if window is None else lax.div(jnp.maximum(base - window + 1, 0), page)
-    last = jnp.where(count > 0, lax.div(base + count - 1, page) + 1, 0)
+    last = lax.div(base + count - 1, page) + 1
 
     def attend(column, state):
         top, total, acc = state
         held = table[row, column]
         keys, values = cache[at, held, 0, head // group], cache[at, held, 1, head // group]  # [page, H]
-        scores = plgpu.dot(queries, keys, trans_b=True) * scale  # [TOKENS, page]
+        scores = dot(queries, keys, trans_b=True) * scale  # [TOKENS, page]
         if logit_cap is not None:
             scores = logit_cap * jnp.tanh(scores / logit_cap)
         key = column * page + lax.broadcasted_iota(jnp.int32, (TOKENS, page), 1)
@@ -290,7 +306,7 @@ def tiles_kernel(  # type: ignore[no-untyped-def]
         share = jnp.where(seen, jnp.exp(scores - higher[:, None]), 0.0)
         kept = jnp.exp(top - higher)
         total = total * kept + jnp.sum(share, axis=1)
-        acc = acc * kept[:, None] + plgpu.dot(share.astype(values.dtype), values)
+        acc = acc * kept[:, None] + dot(share.astype(values.dtype), values)
         return higher, total, acc
 
     state = (
