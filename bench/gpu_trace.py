@@ -33,12 +33,13 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--backend", choices=("torch", "jax"), default="torch")
     args = parser.parse_args()
     config = dict(MODELS[args.model])
     if args.layers:
         config["num_hidden_layers"] = args.layers
-    bench = Bench(config, 1.0, 1.0, backend=args.backend)
+    bench = Bench(config, 1.0, 1.0, backend=args.backend, max_num_seqs=args.max_num_seqs)
     bench.seconds(bench.prompts(args.batch, args.prompt), 4)
     record = torch_events if args.backend == "torch" else jax_events
     trace(record(bench, args.batch, args.prompt, args.steps), args)

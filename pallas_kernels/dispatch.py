@@ -127,7 +127,13 @@ def take_rows(table: Array, index: Array) -> Array:
 
 
 def least_rows(platform: str, dtype: str) -> int:
-    """Rows below which a product is padded: XLA:CPU multiplies a single bfloat16 row ten times slower than two."""
+    """Rows below which a product is padded.
+
+    XLA:CPU multiplies a single bfloat16 row ten times slower than two. On an H200 a step of one row took 4.76 ms where
+    one of eight took 4.63 (8B shape), 3.3 and 1.5 (0.6B).
+    """
+    if platform == "gpu":
+        return 8
     return 2 if platform == "cpu" and dtype == "bfloat16" and library() is None else 1
 
 

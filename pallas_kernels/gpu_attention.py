@@ -103,8 +103,9 @@ def write_kernel(k, v, _, layer, page, offset, cache):  # type: ignore[no-untype
 
 
 def count_splits(rows: int, kv_heads: int, columns: int) -> int:
-    """Parts of a row's pages that are attended side by side."""
-    return max(1, min(columns, -(-PROGRAMS // (rows * kv_heads)), 32))
+    """Parts of a row's pages that are attended side by side: a power of two."""
+    wanted = max(1, min(columns, PROGRAMS // (rows * kv_heads), 32))
+    return 1 << (wanted.bit_length() - 1)
 
 
 def attend_decode(
@@ -146,7 +147,7 @@ def attend_decode(
         name="decode_attention", **options,
     )(out, cache, *rows)  # fmt: skip
     return pl.pallas_call(
-        functools.partial(join_kernel, splits=splits), grid=(num_rows, heads), in_specs=[WHOLE] * 6,
+        join_kernel, grid=(num_rows, heads), in_specs=[WHOLE] * 6,
         out_specs=WHOLE, out_shape=same, input_output_aliases={0: 0}, name="join_parts",
         compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1), interpret=interpret,
     )(out, *rows[2:4], *found)  # fmt: skip
@@ -209,22 +210,16 @@ def decode_kernel(  # type: ignore[no-untyped-def]
     plgpu.store(weights.at[row, heads, split], total, mask=live)
 
 
-def join_kernel(_, query_starts, num_new, sums, tops, weights, out, *, splits):  # type: ignore[no-untyped-def]
+def join_kernel(_, query_starts, num_new, sums, tops, weights, out):  # type: ignore[no-untyped-def]
     """The parts of one query head of a row. sums: [S, N, splits, H]; tops, weights: [S, N, splits]."""
     row, head = pl.program_id(0), pl.program_id(1)
+    highest = tops[row, head]  # [splits]
+    share = jnp.exp(highest - jnp.max(highest, axis=0))
+    total = jnp.sum(share * weights[row, head], axis=0)
+    mixed = jnp.sum(share[:, None] * sums[row, head], axis=0) / jnp.maximum(total, 1e-30)
     one = num_new[row] == 1
-
-    def add(split, state):
-        top, total, acc = state
-        higher = jnp.maximum(top, tops[row, head, split])
-        kept, share = jnp.exp(top - higher), jnp.exp(tops[row, head, split] - higher)
-        return higher, total * kept + weights[row, head, split] * share, acc * kept + sums[row, head, split] * share
-
-    start = jnp.float32(MASKED), jnp.float32(0.0), jnp.zeros(out.shape[-1:], jnp.float32)
-    _, total, acc = lax.fori_loop(0, splits, add, start)
-    mixed = (acc / jnp.maximum(total, 1e-30)).astype(out.dtype)
     token = jnp.where(one, query_starts[row], 0)
-    plgpu.store(out.at[token, head], mixed, mask=jnp.full(mixed.shape, one))
+    plgpu.store(out.at[token, head], mixed.astype(out.dtype), mask=jnp.full(mixed.shape, one))
 
 
 def attend_tiles(

@@ -39,7 +39,7 @@ class Traits:
     max_model_len: int
     kernels: tuple[str, ...]  # one a group
     null_slot: int
-    block_rows: int  # rows of logits computed at once
+    block_rows: int  # rows of logits computed at once, where any is wanted; 0: all, always
     ranks: int = 1  # devices that share every layer
     stacks: dict[int, tuple[int, int]] = field(default_factory=dict)  # where a layer's stacked weights lie
 
@@ -192,6 +192,8 @@ def head_rows(decoder: Decoder, hidden: Array, step: dict[str, Array], block: in
     """Logits of the sampling rows, f32 [S, V]; blocks without such a row are left zero."""
     chosen = hidden[step["logit_rows"]]  # [S, D]
     num_rows = chosen.shape[0]
+    if not block:
+        return decoder.logits(chosen)
     if num_rows <= block:
         zeros = jnp.zeros((num_rows, decoder.head.shape[0]), jnp.float32)
         return lax.cond(step["num_logits"] > 0, lambda x: decoder.logits(x), lambda _: zeros, chosen)
