@@ -15,9 +15,10 @@ from functools import partial
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels import cpu_attention, cpu_gemm, cpu_layer, cpu_linear, gpu_attention, tpu_attention
+from pallas_kernels import cpu_attention, cpu_gemm, cpu_layer, cpu_linear, gpu_attention, quant_linear, tpu_attention
 from pallas_kernels import paged_attention as plain
 from pallas_kernels.cpu_library import library
+from pallas_kernels.quant_linear import QuantWeight, Weight
 
 RANKS: ContextVar[str | None] = ContextVar("RANKS", default=None)
 """The mesh axis of the program that is being traced, None: one device has all."""
@@ -54,8 +55,10 @@ class Work:
     lists: tpu_attention.Rounds | None = None  # of the tpu kernels
 
 
-def linear(x: Array, weight: Array) -> Array:
+def linear(x: Array, weight: Weight) -> Array:
     """x @ weight.T of x's dtype, rounded once. x: [M, K]; weight: [N, K]."""
+    if isinstance(weight, QuantWeight):
+        return linear_f32(x, weight).astype(x.dtype)
 
     def plain_linear(x: Array, weight: Array) -> Array:
         return linear_f32(x, weight).astype(x.dtype)
@@ -66,8 +69,10 @@ def linear(x: Array, weight: Array) -> Array:
     return plain_linear(x, weight)
 
 
-def linear_f32(x: Array, weight: Array) -> Array:
-    """x @ weight.T, f32 [M, N]. x: [M, K]; weight: [N, K]."""
+def linear_f32(x: Array, weight: Weight, is_part: bool = False) -> Array:
+    """x @ weight.T, f32 [M, N]. x: [M, K]; weight: [N, K]. is_part: x and weight are a rank's part of all inputs."""
+    if isinstance(weight, QuantWeight):
+        return quant_linear_f32(x, weight, RANKS.get() if is_part else None)
 
     def plain_linear(x: Array, weight: Array) -> Array:
         # XLA:CPU is fast in bfloat16 only when it is asked for float32
@@ -79,6 +84,21 @@ def linear_f32(x: Array, weight: Array) -> Array:
         wide = partial(cpu_gemm.gemm, dtype=jnp.float32)
         return lax.platform_dependent(x, weight, cpu=wide, default=plain_linear)
     return plain_linear(x, weight)
+
+
+def quant_linear_f32(x: Array, weight: QuantWeight, axis: str | None) -> Array:
+    """axis: the mesh axis over which x and weight are split."""
+    if not weight.rounded:
+        wide = weight.data.astype(x.dtype)  # a TPU does so on the way to its matrix unit
+        return linear_f32(x, wide) * weight.scale
+    if weight.rounded == "blocks":
+        if axis is not None and x.shape[1] % quant_linear.BLOCK:
+            raise ValueError(f"{x.shape[1]} inputs of a rank are no whole blocks of {quant_linear.BLOCK}")
+        return linear_f32(quant_linear.round_blocks(x).astype(weight.data.dtype), weight.data) * weight.scale
+    codes, scale = quant_linear.round_inputs(x, weight, axis)
+    if weight.data.dtype in (jnp.int8, jnp.float8_e4m3fn):
+        return quant_linear.product(codes, weight.data) * scale * weight.scale
+    return linear_f32(codes.astype(weight.data.dtype), weight.data) * scale * weight.scale
 
 
 @contextmanager

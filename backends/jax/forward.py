@@ -144,9 +144,13 @@ def make_decoder(params: dict[str, Any], traits: Traits, tokens: int) -> Decoder
     if "stacks" in params:
         return ScannedDecoder(arch, params, traits.max_model_len, traits.stacks)
     dtype = params["embed"].dtype.name
-    whole = traits.ranks == 1 and all(
-        has_whole_layers(kernel, tokens, group.spec.head_size, dtype)
-        for kernel, group in zip(traits.kernels, traits.layout.groups, strict=True)
+    whole = (
+        traits.ranks == 1
+        and arch.quant is None
+        and all(
+            has_whole_layers(kernel, tokens, group.spec.head_size, dtype)
+            for kernel, group in zip(traits.kernels, traits.layout.groups, strict=True)
+        )
     )
     return (FusedDecoder if whole else Decoder)(arch, params, traits.max_model_len)
 

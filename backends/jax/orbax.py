@@ -83,7 +83,7 @@ def load(path: Path, arch: ArchSpec, dtype: str, split: Split, progress: Progres
         raise ConfigError(
             f"--load-format: orbax with --tensor-parallel-size {split.size} is not supported yet; use safetensors"
         )
-    places = storage(arch)
+    places = storage(arch, split.platform)
     sharding = split.sharding()
     rows: dict[str, list[tuple[int, jax.Array]]] = {}
     store = Store(arch, split)

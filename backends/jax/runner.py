@@ -22,7 +22,7 @@ from backends.jax.aot import Bundle
 from backends.jax.load import load_weights
 from backends.jax.programs import DeviceState, ProgramSet
 from backends.jax.updates import Call, copy_calls, open_calls, page_calls
-from backends.jax.weights import param_bytes
+from backends.jax.weights import check_alike, param_bytes
 from backends.jax.workspace import workspace_bytes
 from engine.errors import ConfigError, StepFailed, check, fail
 from engine.opened import Use, is_poisoned, row_uses
@@ -101,6 +101,7 @@ class Runner:
         compile_cache.enable()
         self._target = mesh.local(config.device)
         self._split = self._target.split(config.tensor_size)
+        check_alike(config.arch, self._split.platform)
         mesh.keep_float32_exact(self._split.device, config.dtype)
         self._bundle = Bundle.open(Path(config.executables), config, self._split) if config.executables else None
         self._generation = np.full(config.max_slots, CLOSED, np.int64)
