@@ -17,6 +17,7 @@ from engine.specs.arch import ArchSpec
 from engine.specs.cache import CacheLayout, GroupKind, GroupLayout, GroupSpec, PoolLayout, cache_groups
 from engine.specs.families.quantization import at_load
 from engine.specs.parallel import check_parallel
+from engine.specs.quant import Rules
 
 UNIT_TOKENS = 16
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8_e4m3": 1}
@@ -141,9 +142,19 @@ def resolve_quantization(name: str | None, arch: ArchSpec, device: DeviceInfo) -
         where = "--quantization" if found is None else "config.json: quantization_config"
         raise ConfigError(f"{where}: {method!r} is not supported by this backend on {device.name}; use --backend torch")
     rules = () if arch.quant is None else arch.quant.rules
+    check_forms(rules, device)
     if device.kind == "cpu" and any(quant.scheme != "int8" or quant.act == "none" for _, quant in rules):
         return arch, (f"on a CPU weights of {method} are kept in the activations' type, as large as plain ones",)
     return arch, ()
+
+
+def check_forms(rules: Rules, device: DeviceInfo) -> None:
+    for _, quant in rules:
+        if quant.form not in device.weight_forms:
+            raise ConfigError(
+                f"config.json: quantization_config: weights of {quant.text} are not supported by this backend on "
+                f"{device.name} yet; expected {' or '.join(device.weight_forms)}, or --backend torch on a GPU"
+            )
 
 
 def resolve_dtype(name: str, arch: ArchSpec, device: DeviceInfo) -> str:

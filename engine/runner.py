@@ -18,6 +18,7 @@ from engine.errors import ConfigError
 from engine.specs.arch import ArchSpec
 from engine.specs.cache import CacheLayout
 from engine.specs.manifest import Part
+from engine.specs.quant import FORMS
 from engine.specs.weights import ParamSpec, RawTensor
 from engine.step import I32, U32, Event, StepPlan, StepResult
 
@@ -56,6 +57,7 @@ class DeviceInfo:
     kv_dtypes: tuple[str, ...] = ()  # of KV pages, besides supported_dtypes
     attention_backends: tuple[str, ...] = ()  # values of --attention-backend, besides auto
     quantization: tuple[str, ...] = ()  # values of --quantization whose checkpoints can be loaded
+    weight_forms: tuple[str, ...] = FORMS  # of weights in few bits, see specs/quant.py
     bucket_style: str = "pow2"  # "pow2": few, coarse shapes (compiled); "exact": any shape, no padding
 
 

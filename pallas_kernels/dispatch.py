@@ -18,7 +18,6 @@ from jax import Array, lax
 from pallas_kernels import cpu_attention, cpu_gemm, cpu_layer, cpu_linear, gpu_attention, quant_linear, tpu_attention
 from pallas_kernels import paged_attention as plain
 from pallas_kernels.cpu_library import library
-from pallas_kernels.quant_linear import QuantWeight, Weight
 
 RANKS: ContextVar[str | None] = ContextVar("RANKS", default=None)
 """The mesh axis of the program that is being traced, None: one device has all."""
@@ -55,9 +54,9 @@ class Work:
     lists: tpu_attention.Rounds | None = None  # of the tpu kernels
 
 
-def linear(x: Array, weight: Weight) -> Array:
+def linear(x: Array, weight: quant_linear.Weight) -> Array:
     """x @ weight.T of x's dtype, rounded once. x: [M, K]; weight: [N, K]."""
-    if isinstance(weight, QuantWeight):
+    if isinstance(weight, quant_linear.QuantWeight):
         return linear_f32(x, weight).astype(x.dtype)
 
     def plain_linear(x: Array, weight: Array) -> Array:
@@ -69,9 +68,9 @@ def linear(x: Array, weight: Weight) -> Array:
     return plain_linear(x, weight)
 
 
-def linear_f32(x: Array, weight: Weight, is_part: bool = False) -> Array:
+def linear_f32(x: Array, weight: quant_linear.Weight, is_part: bool = False) -> Array:
     """x @ weight.T, f32 [M, N]. x: [M, K]; weight: [N, K]. is_part: x and weight are a rank's part of all inputs."""
-    if isinstance(weight, QuantWeight):
+    if isinstance(weight, quant_linear.QuantWeight):
         return quant_linear_f32(x, weight, RANKS.get() if is_part else None)
 
     def plain_linear(x: Array, weight: Array) -> Array:
@@ -86,7 +85,7 @@ def linear_f32(x: Array, weight: Weight, is_part: bool = False) -> Array:
     return plain_linear(x, weight)
 
 
-def quant_linear_f32(x: Array, weight: QuantWeight, axis: str | None) -> Array:
+def quant_linear_f32(x: Array, weight: quant_linear.QuantWeight, axis: str | None) -> Array:
     """axis: the mesh axis over which x and weight are split."""
     if not weight.rounded:
         wide = weight.data.astype(x.dtype)  # a TPU does so on the way to its matrix unit

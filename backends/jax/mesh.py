@@ -17,6 +17,7 @@ from backends.jax.split import Split
 from engine.errors import ConfigError
 from engine.runner import Capability, DeviceInfo
 from engine.specs.chips import parse_slice
+from engine.specs.quant import FORMS
 
 CAPABILITIES = frozenset({Capability.LATE_MASK, Capability.PROMPT_LOGPROBS, Capability.EXECUTABLES})
 PAGE_TOKENS = {"cpu": 64, "gpu": 64, "tpu": 128}
@@ -56,6 +57,9 @@ class Target:
         return Split(self.devices[:size])
 
 
+QUANTIZATION = ("fp8", "compressed-tensors", "awq", "gptq")
+
+
 def describe(target: Target) -> DeviceInfo:
     device, (total, free) = target.devices[0], target.memory()
     return DeviceInfo(
@@ -69,7 +73,8 @@ def describe(target: Target) -> DeviceInfo:
         page_tokens=PAGE_TOKENS.get(device.platform, 64),
         default_dtype="float32" if device.platform == "cpu" else "bfloat16",
         supported_dtypes=("float32", "bfloat16"),
-        quantization=("fp8", "compressed-tensors", "awq", "gptq"),
+        quantization=QUANTIZATION,
+        weight_forms=("fp8", "int8") if device.platform == "tpu" else FORMS,
         bucket_style="pow2",
     )
 

@@ -17,10 +17,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, check
 from engine.specs.arch import ArchSpec
 from engine.specs.quant import BLOCK, WeightQuant
-from engine.specs.weights import ParamSpec, RawTensor, param_table, to_float32
+from engine.specs.weights import ParamSpec, RawTensor, from_float32, param_table, to_float32
 
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # nibble that holds column 0, 1, .. 7 of eight
 E4M3_MAX, SMALLEST = 448.0, 1e-12
@@ -28,6 +28,17 @@ ONES = 0x11111111
 ROUNDED = {"int8": "int8", "fp8": "e4m3"}
 CODES = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
 SUFFIXES = ("_int8", "_e4m3", "_blocks", "_scale", "_act_scale")
+
+FUSED = {
+    "qkv": ("q", "k", "v"),
+    "qkv_bias": ("q_bias", "k_bias", "v_bias"),
+    "gate_up": ("gate", "up"),
+    "gate_up_bias": ("gate_bias", "up_bias"),
+}
+FUSED |= {
+    stored + end: tuple(part + end for part in FUSED[stored]) for stored in ("qkv", "gate_up") for end in SUFFIXES
+}
+FUSED_INTO = {part: stored for stored, parts in FUSED.items() for part in parts}
 
 Numbers = NDArray[Any]
 
@@ -42,15 +53,11 @@ class Form:
 
 
 def form_of(quant: WeightQuant | None, platform: str) -> Form | None:
-    """None: as a plain weight. Raises ConfigError for what this backend does not multiply."""
+    """None: as a plain weight."""
     if quant is None:
         return None
     if quant.scheme == "w4" or quant.per == "block":
-        if platform == "tpu":
-            raise ConfigError(
-                f"quantization: {quant.text}: not supported by the jax backend on a TPU yet; use a checkpoint in int8, "
-                "or in fp8 with a scale a tensor or row"
-            )
+        check(platform != "tpu", f"a TPU does not multiply {quant.text}")  # mesh.describe says what it takes
         return Form("blocks", "_blocks", False) if quant.act == "block" else None
     suffix = "_scale" if quant.act == "none" else f"_{ROUNDED[quant.scheme]}"
     return Form(quant.scheme, suffix, quant.act == "static")
@@ -70,6 +77,29 @@ def kept_params(arch: ArchSpec, platform: str) -> Iterator[tuple[ParamSpec, np.d
         if form.fixed:
             name = plain.name + "_act_scale"
             yield replace(rows, name=name, shape=(1,), axes=("",), granule=1), np.dtype(np.float32)
+
+
+def check_alike(arch: ArchSpec, platform: str) -> None:
+    """Raises ConfigError where parts of one array are kept in different ways."""
+    quants = {param.weight: param.quant for param in param_table(arch)}
+    for plain in param_table(replace(arch, quant=None)):
+        stem, _, part = plain.name.rpartition(".")
+        if FUSED_INTO.get(part) in ("qkv", "gate_up"):
+            first = f"{stem}.{FUSED[FUSED_INTO[part]][0]}"
+            if form_of(quants[plain.name], platform) != form_of(quants[first], platform):
+                raise ConfigError(
+                    f"quantization: {first} and {plain.name} are kept in different ways, which the jax backend does "
+                    "not take yet; use --backend torch"
+                )
+
+
+def check_equal(name: str, scales: NDArray[Any]) -> None:
+    """Raises ConfigError where the parts of an array have fixed scales of inputs that differ."""
+    if (scales != scales[0]).any():
+        raise ConfigError(
+            f"quantization: {name}: {scales.tolist()} differ, which the jax backend does not take yet; "
+            "use --backend torch"
+        )
 
 
 class QuantLoad:
@@ -103,6 +133,15 @@ class QuantLoad:
         if form.fixed:
             arrays[param.weight + "_act_scale"] = to_float32(fields["act_scale"]).reshape(1)
         return arrays
+
+
+def convert(tensor: RawTensor, dtype: str) -> NDArray[Any]:
+    """The numbers in the activation dtype; bfloat16 rounds to nearest even."""
+    if dtype == "bfloat16":
+        bits = tensor.data if tensor.dtype == "bfloat16" else from_float32(to_float32(tensor), "bfloat16")
+        return bits.view(ml_dtypes.bfloat16)
+    check(dtype == "float32", f"activations of {dtype}")
+    return to_float32(tensor)
 
 
 def plain_codes(quant: WeightQuant, fields: dict[str, RawTensor]) -> tuple[Numbers, NDArray[np.float32]]:

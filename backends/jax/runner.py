@@ -21,8 +21,9 @@ from backends.jax import compile_cache, mesh
 from backends.jax.aot import Bundle
 from backends.jax.load import load_weights
 from backends.jax.programs import DeviceState, ProgramSet
+from backends.jax.quant_weights import check_alike
 from backends.jax.updates import Call, copy_calls, open_calls, page_calls
-from backends.jax.weights import check_alike, param_bytes
+from backends.jax.weights import param_bytes
 from backends.jax.workspace import workspace_bytes
 from engine.errors import ConfigError, StepFailed, check, fail
 from engine.opened import Use, is_poisoned, row_uses

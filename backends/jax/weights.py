@@ -9,32 +9,20 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from jax.sharding import PartitionSpec
 from numpy.typing import NDArray
 
-from backends.jax.quant_weights import SUFFIXES, QuantLoad, form_of, kept_params
+from backends.jax.quant_weights import FUSED_INTO, QuantLoad, check_equal, convert, kept_params
 from backends.jax.split import Split, param_spec, rank_rows
 from backends.jax.stacks import Store, abstract
-from engine.errors import ConfigError, check
+from engine.errors import check
 from engine.specs.arch import ArchSpec
-from engine.specs.weights import ParamSpec, RawTensor, from_float32, param_table, to_float32
-
-FUSED = {
-    "qkv": ("q", "k", "v"),
-    "qkv_bias": ("q_bias", "k_bias", "v_bias"),
-    "gate_up": ("gate", "up"),
-    "gate_up_bias": ("gate_bias", "up_bias"),
-}
-FUSED |= {
-    stored + end: tuple(part + end for part in FUSED[stored]) for stored in ("qkv", "gate_up") for end in SUFFIXES
-}
-FUSED_INTO = {part: stored for stored, parts in FUSED.items() for part in parts}
+from engine.specs.weights import ParamSpec, RawTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +47,6 @@ def storage(arch: ArchSpec, platform: str, ranks: int = 1) -> dict[str, Stored]:
         places.append((param, name, heights.get(name, 0)))
         heights[name] = heights.get(name, 0) + rank_height(param, ranks)
     return {param.name: Stored(name, start, heights[name], param_spec(param)) for param, name, start in places}
-
-
-def check_alike(arch: ArchSpec, platform: str) -> None:
-    """Raises ConfigError where parts of one array are kept in different ways."""
-    quants = {param.weight: param.quant for param in param_table(arch)}
-    for plain in param_table(replace(arch, quant=None)):
-        stem, _, part = plain.name.rpartition(".")
-        if FUSED_INTO.get(part) in ("qkv", "gate_up"):
-            first = f"{stem}.{FUSED[FUSED_INTO[part]][0]}"
-            if form_of(quants[plain.name], platform) != form_of(quants[first], platform):
-                raise ConfigError(
-                    f"quantization: {first} and {plain.name} are kept in different ways, which the jax backend does "
-                    "not take yet; use --backend torch"
-                )
 
 
 def rank_height(param: ParamSpec, ranks: int) -> int:
@@ -127,24 +101,6 @@ def load_params(
             store.put(place.name, numbers, place.spec)
     check(not partial, f"parameters are incomplete: {sorted(partial)}")
     return store.tree({place.name for place in places.values()})
-
-
-def check_equal(name: str, scales: NDArray[Any]) -> None:
-    """Raises ConfigError where the parts of an array have fixed scales of inputs that differ."""
-    if (scales != scales[0]).any():
-        raise ConfigError(
-            f"quantization: {name}: {scales.tolist()} differ, which the jax backend does not take yet; "
-            "use --backend torch"
-        )
-
-
-def convert(tensor: RawTensor, dtype: str) -> NDArray[Any]:
-    """The numbers in the activation dtype; bfloat16 rounds to nearest even."""
-    if dtype == "bfloat16":
-        bits = tensor.data if tensor.dtype == "bfloat16" else from_float32(to_float32(tensor), "bfloat16")
-        return bits.view(ml_dtypes.bfloat16)
-    check(dtype == "float32", f"activations of {dtype}")
-    return to_float32(tensor)
 
 
 def param_bytes(params: dict[str, Any]) -> int:

@@ -50,6 +50,8 @@ def device_info(chip: Chip) -> DeviceInfo:
             capabilities=frozenset({Capability.LATE_MASK, Capability.PROMPT_LOGPROBS, Capability.EXECUTABLES}),
             page_tokens=128,
             default_dtype="bfloat16",
+            quantization=QUANTIZATION,
+            weight_forms=("fp8", "int8"),
         )
     return DeviceInfo(
         kind="gpu",
