@@ -24,6 +24,8 @@ DTYPE_SPELLINGS = {"half": "float16", "float": "float32", "fp8": "fp8_e4m3"}
 AUTO = -1  # of --max-model-len
 MOST_INVARIANT_LOGPROBS = 64  # what the kernel of raw logprobs ranks
 
+DEVICE_TURNS, MOST_TURNS = {"tpu": 8}, 64  # of --num-scheduler-steps, by kind of device: docs/performance.md
+
 GIB = 1 << 30
 FLASHINFER_HEAD_SIZES, FLASHINFER_DTYPES = (64, 128, 256), ("bfloat16", "float16")
 
@@ -70,6 +72,7 @@ def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolve
         row_buckets=row_buckets,
         max_batched_tokens=batched,
         max_in_flight=min(device.max_in_flight, 2) if config.schedule.async_scheduling else 1,
+        max_num_steps=resolve_turns(config.schedule.num_scheduler_steps, device),
         sampler_limits=SamplerLimits(max_logprobs=min(config.model.max_logprobs, arch.vocab_size)),
         load_format=config.model.load_format,
         seed=config.model.seed,
@@ -258,6 +261,20 @@ def resolve_batch(config: EngineConfig, device: DeviceInfo, max_model_len: int) 
     return seqs, tokens
 
 
+def resolve_turns(given: int | None, device: DeviceInfo) -> int:
+    """Most decode turns of a step; 1 where the runner takes one."""
+    able = Capability.MULTI_STEP in device.capabilities
+    if given is None:
+        return DEVICE_TURNS.get(device.kind, 1) if able else 1
+    if not 1 <= given <= MOST_TURNS:
+        raise ConfigError(f"--num-scheduler-steps: {given} is not accepted; expected 1 .. {MOST_TURNS}")
+    if given > 1 and not able:
+        raise ConfigError(
+            f"--num-scheduler-steps: {given} is not supported by this backend on {device.name}; use --backend jax, or 1"
+        )
+    return given
+
+
 def resolve_page(block_size: int | None, device: DeviceInfo) -> int:
     """Tokens a page: a multiple of the prefix-cache unit."""
     page = device.page_tokens if block_size is None else block_size
@@ -388,8 +405,9 @@ def pages_of(resolved: Resolved, length: int) -> list[int]:
     pool_of, pools = share_pools(resolved.groups)
     page = resolved.runner.page_tokens[0]
     need = [0] * len(pools)
+    chunk = max(resolved.max_num_batched_tokens, resolved.runner.max_in_flight * resolved.runner.max_num_steps)
     for pool, group in zip(pool_of, resolved.groups, strict=True):
-        need[pool] += -(-tokens_per_sequence(group, length, resolved.max_num_batched_tokens, page) // page)
+        need[pool] += -(-tokens_per_sequence(group, length, chunk, page) // page)
     return need
 
 
