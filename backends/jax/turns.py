@@ -91,9 +91,11 @@ def several_turns(
 
 def one_turn(params: dict[str, Any], now: Carry, uses: Array, loop: Loop) -> Carry:
     """One decode step of all rows. uses: i32 [] of Use bits."""
-    step = unpack(now.packed, loop.shape)
+    # params of a turn: else XLA makes what it can of them in front of the loop, on a CPU a copy of the embedding table
+    params, packed = lax.optimization_barrier((params, now.packed))
+    step = unpack(packed, loop.shape)
     slots, size = step["slots"], loop.shape.rows
-    caches, rows, logits, _, flags = loop.forward(params, now.caches, now.rows, now.packed)
+    caches, rows, logits, _, flags = loop.forward(params, now.caches, now.rows, packed)
     greedy = step["greedy"] != 0  # then the forward program has sampled
     mask = jnp.zeros((size, -(-loop.vocab_size // 32)), jnp.uint32)  # late masks come with steps of one turn
     asked = jnp.concatenate([jnp.stack([uses, step["num_logits"]]), slots])
@@ -110,7 +112,7 @@ def one_turn(params: dict[str, Any], now: Carry, uses: Array, loop: Loop) -> Car
     return Carry(
         turn=now.turn + 1,
         live=live,
-        packed=next_turn(now.packed, live, loop),
+        packed=next_turn(packed, live, loop),
         caches=caches,
         rows=rows,
         tables=tables,
