@@ -81,7 +81,7 @@ def compile_case(name: str, every: bool) -> tuple[list[str], list[Found]]:
     made = ProgramSet(resolved.runner, layout, builder.params, builder.split)
     programs = made.programs()
     largest, rows = max(resolved.runner.token_buckets), max(resolved.runner.row_buckets)
-    wanted = {("forward", rows), ("forward", largest), ("sample", rows)}
+    wanted = {("forward", rows), ("forward", largest), ("sample", rows), ("turns", rows)}
     compiler, found = Programs(builder.split), []
     for program in programs:
         if every or program.name in wanted:

@@ -10,11 +10,13 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from engine.buckets import StepCost, choose_buckets, most_turns, step_cost
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.runner import Capability, DeviceInfo, RunnerConfig, SamplerLimits
 from engine.specs.arch import ArchSpec
 from engine.specs.cache import CacheLayout, GroupKind, GroupLayout, GroupSpec, PoolLayout, cache_groups
+from engine.specs.chips import chip_of, chips_of_kind
 from engine.specs.families.quantization import at_load
 from engine.specs.parallel import check_parallel
 from engine.specs.quant import Rules
@@ -24,6 +26,9 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8_e4m3": 1}
 DTYPE_SPELLINGS = {"half": "float16", "float": "float32", "fp8": "fp8_e4m3"}
 AUTO = -1  # of --max-model-len
 MOST_INVARIANT_LOGPROBS = 64  # what the kernel of raw logprobs ranks
+
+TURNS, TURNS_S, MOST_TURNS = 8, 0.02, 64  # of --num-scheduler-steps: at most so many of themselves, in so long
+TOKEN_BUCKETS = 10  # where a program takes long to compile
 
 GIB = 1 << 30
 FLASHINFER_HEAD_SIZES, FLASHINFER_DTYPES = (64, 128, 256), ("bfloat16", "float16")
@@ -59,7 +64,8 @@ def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolve
     page = resolve_page(config.cache.block_size, device)
     groups, ranks = cache_groups(arch), config.parallel.tensor_parallel_size
     check_tensor(ranks, arch, device)
-    row_buckets, token_buckets = resolve_buckets(device, seqs, batched)
+    cost = resolve_cost(arch, dtype, ranks, device, seqs)
+    row_buckets, token_buckets = resolve_buckets(device, seqs, batched, cost)
     runner = RunnerConfig(
         arch=arch,
         dtype=dtype,
@@ -71,6 +77,7 @@ def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolve
         row_buckets=row_buckets,
         max_batched_tokens=batched,
         max_in_flight=min(device.max_in_flight, 2) if config.schedule.async_scheduling else 1,
+        max_num_steps=resolve_turns(config.schedule.num_scheduler_steps, device, cost),
         sampler_limits=SamplerLimits(max_logprobs=min(config.model.max_logprobs, arch.vocab_size)),
         load_format=config.model.load_format,
         seed=config.model.seed,
@@ -269,6 +276,28 @@ def resolve_batch(config: EngineConfig, device: DeviceInfo, max_model_len: int) 
     return seqs, tokens
 
 
+def resolve_cost(arch: ArchSpec, dtype: str, ranks: int, device: DeviceInfo, seqs: int) -> StepCost | None:
+    """What a step takes of a TPU, by the data sheet of its chip (of the slowest, where it is not known)."""
+    if device.kind != "tpu":
+        return None
+    chip = chip_of(device.name) or min(chips_of_kind("tpu"), key=lambda chip: chip.bandwidth)
+    return step_cost(arch, DTYPE_BYTES[dtype], ranks, chip, seqs)
+
+
+def resolve_turns(given: int | None, device: DeviceInfo, cost: StepCost | None) -> int:
+    """Most decode turns of a step; 1 where the runner takes one, and without a cost: docs/performance.md says why."""
+    able = Capability.MULTI_STEP in device.capabilities
+    if given is None:
+        return most_turns(cost, TURNS, TURNS_S) if able and cost is not None else 1
+    if not 1 <= given <= MOST_TURNS:
+        raise ConfigError(f"--num-scheduler-steps: {given} is not accepted; expected 1 .. {MOST_TURNS}")
+    if given > 1 and not able:
+        raise ConfigError(
+            f"--num-scheduler-steps: {given} is not supported by this backend on {device.name}; use --backend jax, or 1"
+        )
+    return given
+
+
 def resolve_page(block_size: int | None, device: DeviceInfo) -> int:
     """Tokens a page: a multiple of the prefix-cache unit."""
     page = device.page_tokens if block_size is None else block_size
@@ -277,10 +306,16 @@ def resolve_page(block_size: int | None, device: DeviceInfo) -> int:
     return page
 
 
-def resolve_buckets(device: DeviceInfo, seqs: int, batched: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def resolve_buckets(
+    device: DeviceInfo, seqs: int, batched: int, cost: StepCost | None = None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(row buckets, token buckets), ascending; empty where the device takes any shape."""
     if device.bucket_style == "exact":
         return (), ()
+    if cost is not None:
+        powers = {*powers_to(1, seqs), *powers_to(64, batched)}
+        tokens = choose_buckets(cost, tuple(sorted({seqs, batched})), min(TOKEN_BUCKETS, len(powers)))
+        return tuple(size for size in tokens if size <= seqs), tokens
     # decode steps have one token a row; beyond that, prefill chunks
     if device.kind == "cpu":  # a program costs a second or two to compile, a few padded rows next to nothing
         rows = tuple(n for n in powers_to(1, seqs) if n != 2 or seqs == 2)
@@ -399,8 +434,9 @@ def pages_of(resolved: Resolved, length: int) -> list[int]:
     pool_of, pools = share_pools(resolved.groups)
     page = resolved.runner.page_tokens[0]
     need = [0] * len(pools)
+    chunk = max(resolved.max_num_batched_tokens, resolved.runner.max_in_flight * resolved.runner.max_num_steps)
     for pool, group in zip(pool_of, resolved.groups, strict=True):
-        need[pool] += -(-tokens_per_sequence(group, length, resolved.max_num_batched_tokens, page) // page)
+        need[pool] += -(-tokens_per_sequence(group, length, chunk, page) // page)
     return need
 
 

@@ -99,6 +99,7 @@ class RunnerConfig:
     num_replicas: int = 1
     tensor_size: int = 1  # devices of this process that share every layer
     max_in_flight: int = 2
+    max_num_steps: int = 1  # most decode turns of a step, see StepPlan.num_steps
     sampler_limits: SamplerLimits = field(default_factory=SamplerLimits)
     load_format: str = "auto"  # "auto" | "safetensors" | "orbax" | "dummy"
     seed: int = 0  # of dummy weights

@@ -29,6 +29,7 @@ SHAPING = {
     "page_tokens": "--block-size",
     "token_buckets": "--max-num-batched-tokens",
     "row_buckets": "row buckets",
+    "max_num_steps": "--num-scheduler-steps",
     "sampler_limits": "--max-logprobs",
 }
 """Fields of RunnerConfig that programs depend on, besides arch, and what the key calls them: the flag behind each."""

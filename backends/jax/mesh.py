@@ -19,7 +19,9 @@ from engine.runner import Capability, DeviceInfo
 from engine.specs.chips import parse_slice
 from engine.specs.quant import FORMS
 
-CAPABILITIES = frozenset({Capability.LATE_MASK, Capability.PROMPT_LOGPROBS, Capability.EXECUTABLES})
+CAPABILITIES = frozenset(
+    {Capability.LATE_MASK, Capability.MULTI_STEP, Capability.PROMPT_LOGPROBS, Capability.EXECUTABLES}
+)
 PAGE_TOKENS = {"cpu": 64, "gpu": 64, "tpu": 128}
 WITHOUT_A_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from backends.jax import sample, tables, updates
+from backends.jax import sample, tables, turns, updates
 from backends.jax.batch import Packer, Shape, packed_size
 from backends.jax.cache import COPIES, cache_shapes, copy_pages
 from backends.jax.compile import Name, Program, Programs
@@ -159,6 +159,7 @@ class ProgramSet:
             self._fresh_program(),
             *self._forward_programs(),
             *self._sample_programs(),
+            *self._turn_programs(),
             *self._update_programs(),
         ]
 
@@ -223,10 +224,41 @@ class ProgramSet:
                 jax.ShapeDtypeStruct((2 + size,), np.int32),
                 jax.ShapeDtypeStruct((size, -(-vocab // 32)), np.uint32),
             )
-            block = HEAD_ROWS if self._split.platform == "cpu" else sampled_together(size)
-            function = partial(self._sampling, block=block, num_top=self._config.sampler_limits.max_logprobs)
+            num_top = self._config.sampler_limits.max_logprobs
+            function = partial(self._sampling, block=self._block(size), num_top=num_top)
             programs.append(Program(("sample", size), function, args, donate=(1, 2)))
         return programs
+
+    def _block(self, rows: int) -> int:
+        """Rows sampled together."""
+        return HEAD_ROWS if self._split.platform == "cpu" else sampled_together(rows)
+
+    def _turn_programs(self) -> list[Program]:
+        """Several turns of decode steps, a program a bucket that such a step can have."""
+        config, whole = self._config, self._split.sharding()
+        if config.max_num_steps == 1:
+            return []
+        rows, sampler = self._table_shapes()
+        caches = cache_shapes(self.layout, self._split)
+        outs = ([cache.sharding for cache in caches], whole, whole, whole, whole)
+        largest = min(tokens for tokens in self._packers if tokens >= max(config.row_buckets))
+        programs = {}
+        for shape in (packer.shape for tokens, packer in self._packers.items() if tokens <= largest):
+            loop = turns.Loop(
+                forward=self._forward(shape, caches),
+                shape=shape,
+                most=config.max_num_steps,
+                null_slot=config.max_slots,
+                vocab_size=config.arch.vocab_size,
+                block=self._block(shape.rows),
+                num_top=config.sampler_limits.max_logprobs,
+            )
+            packed = jax.ShapeDtypeStruct((packed_size(shape),), np.int32)
+            control = jax.ShapeDtypeStruct((turns.CONTROLS,), np.int32)
+            name: Name = ("turns", shape.tokens)
+            args = (self._params, caches, rows, sampler, packed, control)
+            programs[name] = Program(name, partial(turns.several_turns, loop=loop), args, donate=(1, 2, 3), outs=outs)
+        return list(programs.values())
 
     def _sampling(self, logits: jax.Array, *args: Any, **options: Any) -> Any:
         return sample.sampling(logits[:, : self._config.arch.vocab_size], *args, **options)
@@ -285,6 +317,15 @@ class ProgramSet:
         program = self._compiled["forward", tokens]
         state.caches, state.rows, logits, hidden, flags = program(self._params, state.caches, state.rows, packed)
         return logits, hidden, flags
+
+    def turns(
+        self, state: DeviceState, tokens: int, packed: I32, control: I32
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """-> i32 [S, k + ENDS] as turns.several_turns says, raw log-probabilities [S, k, ..]."""
+        program = self._compiled["turns", tokens]
+        arrays = self._params, state.caches, state.rows, state.tables
+        state.caches, state.rows, state.tables, sampled, scores = program(*arrays, packed, control)
+        return sampled, scores
 
     def sample(
         self, state: DeviceState, logits: jax.Array, slots: I32, uses: sample.Use, mask: U32 | None

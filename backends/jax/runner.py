@@ -63,12 +63,13 @@ class Step:
     calls: list[Call]  # table updates, before the forward program
     packed: I32
     scored: tuple[I32, I32, int] | None  # prompt logprobs: token indexes, targets, top entries
+    num_steps: int
     mask: U32 | None = None
     begun: bool = False
     ended: bool = False
     flags: Any = None  # device i32 [3, S]
     logits: Any = None
-    sampled: Any = None  # device ids and scores of the sampling program
+    sampled: Any = None  # device ids and scores of the sampling program, or of several turns
     prompt_scores: list[Any] = field(default_factory=list)
     failure: StepFailed | None = None
 
@@ -255,6 +256,7 @@ class Runner:
             calls=calls,
             packed=packer.pack(plan, tuple(riding), greedy),
             scored=None if scored is None else (scored.token_idx.copy(), scored.targets.copy(), scored.num_top),
+            num_steps=plan.num_steps,
         )
 
     def _poisoned_rows(self, plan: StepPlan) -> I32:
@@ -287,6 +289,10 @@ class Runner:
         step.begun = True
         for name, arrays in step.calls:
             programs.update(state, name, arrays)
+        if step.num_steps > 1:
+            control = np.array([step.num_steps, step.uses], np.int32)
+            step.sampled = programs.turns(state, step.tokens, step.packed, control)
+            return
         step.logits, hidden, step.flags = programs.forward(state, step.tokens, step.packed)
         if step.scored is not None:
             token_idx, targets, _ = step.scored
@@ -295,7 +301,7 @@ class Runner:
     def _finish(self, step: Step) -> None:
         """The sampling program, unless the forward program has sampled or no row samples."""
         plain = step.sampler is Sampler.GREEDY and not step.late and step.num_logprobs < 0
-        if len(step.slots) and not plain:
+        if len(step.slots) and not plain and step.num_steps == 1:
             step.sampled = self._ready().sample(self._device_state(), step.logits, step.slots, step.uses, step.mask)
         step.logits = None
 
@@ -314,6 +320,8 @@ class Runner:
 
     def _result(self, step: Step) -> StepResult:
         """Waits for the device. Raises what the device raised."""
+        if step.num_steps > 1:
+            return self._result_of_turns(step)
         flags = np.asarray(step.flags)  # i32 [3, S]
         count = len(step.sampling_rows)
         ids = flags[0] if step.sampled is None else np.asarray(step.sampled[0])
@@ -335,6 +343,30 @@ class Runner:
             error=error,
             logprobs=logprobs,
             prompt_logprobs=None if step.scored is None else gather(step.prompt_scores, *step.scored[1:]),
+        )
+
+    def _result_of_turns(self, step: Step) -> StepResult:
+        """Of a step in which every row samples, several turns long."""
+        count, turns, most = step.num_rows, step.num_steps, self._config.max_num_steps
+        sampled = np.asarray(step.sampled[0])[:count]  # i32 [S, k + ENDS]
+        num_sampled, broken, bad = sampled[:, most:].T
+        error = np.zeros(count, np.uint8)
+        error[broken != 0] = RowError.NON_FINITE
+        error[bad != 0] = RowError.BAD_TOKEN_ID
+        error[step.poisoned] = RowError.BAD_TOKEN_ID
+        logprobs = None
+        if step.num_logprobs >= 0:
+            parts = [np.asarray(part)[:count, :turns] for part in step.sampled[1]]
+            parts = [part.reshape(count * turns, *part.shape[2:]) for part in parts]
+            taken = (np.arange(turns) < num_sampled[:, None]).reshape(-1)
+            rows = np.flatnonzero(taken).astype(np.int32)
+            logprobs = scatter(tuple(part[rows] for part in parts), rows, count * turns, step.num_logprobs)
+        return StepResult(
+            step_id=step.handle.step_id,
+            num_sampled=num_sampled.copy(),
+            tokens=sampled[:, :turns].copy(),
+            error=error,
+            logprobs=logprobs,
         )
 
 

@@ -21,13 +21,14 @@ IN_FLIGHT_LOGITS = 2  # of the step that runs and of the one that is sampled
 
 
 def workspace_bytes(config: RunnerConfig, params: dict[str, Any], split: Split) -> int:
-    """On one device. Compiles three programs where it is no CPU."""
+    """On one device. Compiles a few programs where it is no CPU."""
     if split.platform == "cpu":
         return ProgramSet.workspace_bytes(config)
     made = ProgramSet(config, few_pages(config), params, split)
     programs = {program.name: program for program in made.programs()}
     rows, tokens = made.shape(max(config.row_buckets)).rows, max(config.token_buckets)
     wanted = {("forward", made.shape(tokens).tokens), ("forward", made.shape(rows).tokens), ("sample", rows)}
+    wanted.add(("turns", made.shape(rows).tokens))
     most, code = 0, 0
     for name in wanted & set(programs):
         memory = made.build(programs[name]).memory_analysis()

@@ -47,7 +47,9 @@ def device_info(chip: Chip) -> DeviceInfo:
             name=chip.product,
             memory_bytes=chip.memory_bytes,
             free_bytes=chip.memory_bytes,
-            capabilities=frozenset({Capability.LATE_MASK, Capability.PROMPT_LOGPROBS, Capability.EXECUTABLES}),
+            capabilities=frozenset(
+                {Capability.LATE_MASK, Capability.MULTI_STEP, Capability.PROMPT_LOGPROBS, Capability.EXECUTABLES}
+            ),
             page_tokens=128,
             default_dtype="bfloat16",
             quantization=QUANTIZATION,

@@ -137,6 +137,7 @@ def scheduler_config(config: EngineConfig, resolved: Resolved, max_model_len: in
         long_prefill_token_threshold=config.schedule.long_prefill_token_threshold,
         enable_prefix_caching=config.cache.enable_prefix_caching,
         max_in_flight=resolved.runner.max_in_flight,
+        max_num_steps=resolved.runner.max_num_steps,
         vocab_size=resolved.runner.arch.vocab_size,
         max_logprobs=resolved.runner.sampler_limits.max_logprobs,
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.runner import ModelRunner, Placement, RunnerConfig, StepHandle
+from engine.runner import Capability, ModelRunner, Placement, RunnerConfig, StepHandle
 from engine.specs.arch import ArchSpec, Attention, GatedFfn, LayerSpec, Norms, RopeSpec
 from engine.specs.cache import CacheLayout, GroupKind, GroupLayout, GroupSpec, PoolLayout, cache_groups
 from engine.step import (
@@ -195,6 +195,7 @@ class Driver:
             "token_buckets": (8, 64) if compiled else (),
             "row_buckets": (4, 12) if compiled else (),
             "max_in_flight": min(2, self.device.max_in_flight),
+            "max_num_steps": 8 if Capability.MULTI_STEP in self.device.capabilities else 1,
             "load_format": "dummy",
             "device": DEVICE,
             "num_threads": 1,

@@ -126,6 +126,7 @@ def make_runner(sizes: Sizes, config: SchedulerConfig, layout: CacheLayout, **op
             token_buckets=config.token_buckets,
             row_buckets=config.row_buckets,
             max_in_flight=config.max_in_flight,
+            max_num_steps=config.max_num_steps,
             sampler_limits=SamplerLimits(max_logprobs=config.max_logprobs),
         ),
         Placement(),
