@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from engine.specs.parallel import shard_slices
+from engine.specs.parallel import shard_shape, shard_slices
 from engine.specs.weights import ParamSpec
 
 AXIS = "model"
@@ -50,6 +50,35 @@ def rank_rows(param: ParamSpec, ranks: int) -> list[slice]:
     if ranks == 1 or param.axes[0] not in SPLIT_AXES:
         return [slice(0, param.shape[0])]
     return [shard_slices(param, ranks, rank)[0] for rank in range(ranks)]
+
+
+def read_place(param: ParamSpec, split: Split) -> tuple[tuple[int, ...], Sharding]:
+    """Shape and sharding under which each device reads its own part of `param`, and no more.
+
+    A vocabulary has rows behind its end where it is not divided evenly. Heads that neighbours share lie on a mesh of
+    (heads, neighbours).
+    """
+    if split.size == 1:
+        return param.shape, split.sharding()
+    part = shard_shape(param, split.size, 0)
+    counts = [1] * len(part)  # different parts of each axis
+    for axis, name in enumerate(param.axes):
+        if name in SPLIT_AXES:
+            counts[axis] = split.size if name != "kv_heads" else param.shape[axis] // part[axis]
+    devices = np.array(split.devices).reshape(max(counts), -1)
+    spec = PartitionSpec(*(AXIS if count > 1 else None for count in counts))
+    shape = tuple(own * count for own, count in zip(part, counts, strict=True))
+    return shape, NamedSharding(Mesh(devices, (AXIS, "neighbours")), spec)
+
+
+def as_stored(array: jax.Array, param: ParamSpec, split: Split) -> jax.Array:
+    """What was read by `read_place`, as the ranks' parts one after another; nothing moves."""
+    if split.size == 1:
+        return array
+    spec, part = param_spec(param), array.sharding.shard_shape(array.shape)
+    shape = tuple(own * (1 if axis is None else split.size) for own, axis in zip(part, spec, strict=True))
+    shards = [shard.data for shard in array.addressable_shards]
+    return jax.make_array_from_single_device_arrays(shape, split.sharding(spec), shards)
 
 
 def specs_of(tree: Any) -> Any:
