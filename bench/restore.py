@@ -4,7 +4,8 @@
 
 Qwen3-0.6B's shapes with random weights, 1.2 GB in bfloat16, on virtual devices of a CPU. Each load is a process of its
 own, sides in turns, the best of the rounds: seconds of `load_weights` until every array is ready, and of it what
-importing Orbax takes. "cached" has the files in the page cache, "from disk" has them dropped before (POSIX_FADV_DONTNEED).
+importing Orbax takes. "cached" has the files in the page cache, "from disk" has them dropped before
+(POSIX_FADV_DONTNEED).
 """
 
 from __future__ import annotations

@@ -21,13 +21,22 @@ import jax
 import numpy as np
 from jaxlib import xla_client
 
-from backends.jax.compile import Name, Program
+from backends.jax.compile import Program, text_of
 from backends.jax.key import key_of
 from backends.jax.split import Split
 from backends.jax.tables import Rows, Tables
 from engine.errors import check, fail
 from engine.runner import RunnerConfig
-from engine.specs.executables import Manifest, canonical, check_key, digest, read_manifest, read_program, refuse
+from engine.specs.executables import (
+    Compiled,
+    Manifest,
+    canonical,
+    check_key,
+    digest,
+    read_manifest,
+    read_program,
+    refuse,
+)
 
 RECORDS = {"Rows": Rows, "Tables": Tables}
 
@@ -68,16 +77,10 @@ def args_digest(program: Program) -> str:
     return digest(canonical(describe(program.args)))
 
 
-def text_of(name: Name) -> str:
-    """("forward", 128) -> forward-128."""
-    return "-".join(map(str, name))
-
-
 # programs
 
 
-def serialise(program: Program, compiled: jax.stages.Compiled) -> tuple[str, bytes, str, Any]:
-    """(name, bytes, digest of arguments, tree of results), as a bundle holds it."""
+def serialise(program: Program, compiled: jax.stages.Compiled) -> Compiled:
     executable = compiled.runtime_executable()
     leaves = len(jax.tree_util.tree_leaves(program.args))
     check(len(executable.get_parameter_layouts()) == leaves, f"{program.name} has hidden parameters")
