@@ -58,6 +58,7 @@ def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolve
     page = resolve_page(config.cache.block_size, device)
     groups, ranks = cache_groups(arch), config.parallel.tensor_parallel_size
     check_tensor(ranks, arch, device)
+    check_replicas(config.parallel.data_parallel_size, ranks, device)
     row_buckets, token_buckets = resolve_buckets(device, seqs, batched)
     runner = RunnerConfig(
         arch=arch,
@@ -77,6 +78,7 @@ def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolve
         attention_backend=attention,
         batch_invariant=config.batch_invariant,
         tensor_size=ranks,
+        num_replicas=config.parallel.data_parallel_size,
         executables=config.executables or "",
     )
     return Resolved(
@@ -100,8 +102,8 @@ def refuse_unsupported(config: EngineConfig) -> None:
     ):
         if value < 1:
             raise ConfigError(f"{flag}: {value} is not accepted; expected an integer >= 1")
-        if value > 1:
-            raise ConfigError(f"{flag}: {value} is not supported yet; use 1 (one device serves one engine today)")
+    if parallel.pipeline_parallel_size > 1:
+        raise ConfigError(f"--pipeline-parallel-size: {parallel.pipeline_parallel_size} is not supported yet; use 1")
     if config.model.trust_remote_code:
         raise ConfigError("--trust-remote-code: refused; twinfer never runs code of a checkpoint. Leave it out")
     if config.schedule.scheduling_policy not in ("fcfs", "priority"):
@@ -119,6 +121,22 @@ def check_tensor(size: int, arch: ArchSpec, device: DeviceInfo) -> None:
         raise ConfigError(
             f"--tensor-parallel-size: {size} is more than the {device.num_devices} devices that this backend drives "
             f"({device.name}); expected at most {device.num_devices}"
+        )
+
+
+def check_replicas(count: int, ranks: int, device: DeviceInfo) -> None:
+    """Whether this backend drives so many copies of the model, each on devices of its own."""
+    if count == 1:
+        return
+    if Capability.REPLICAS not in device.capabilities:
+        raise ConfigError(
+            f"--data-parallel-size: {count} is not supported by this backend on {device.name}; use --backend jax, or "
+            "start a server for each copy"
+        )
+    if count * ranks > device.num_devices:
+        raise ConfigError(
+            f"--data-parallel-size: {count} copies of {ranks} devices are more than the {device.num_devices} devices "
+            f"that this backend drives ({device.name})"
         )
 
 

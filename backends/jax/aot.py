@@ -97,12 +97,15 @@ class Loaded:
     def __init__(self, executable: Any, program: Program, out: Any, split: Split) -> None:
         self._executable = executable
         self._execute = executable.execute_sharded
-        self._hosted = [
-            (index, jax.core.ShapedArray(arg.shape, arg.dtype))
-            for index, arg in enumerate(program.args)
-            if isinstance(arg, jax.ShapeDtypeStruct)
-        ]  # arguments that may come from the host
-        self._sharding, self._devices = split.sharding(), list(split.devices)
+        self._devices = list(split.devices)
+        # arguments that may come from the host: which, of what shape, where they lie, which part on each device
+        self._hosted = []
+        for index, arg in enumerate(program.args):
+            if isinstance(arg, jax.ShapeDtypeStruct):
+                sharding = arg.sharding or split.sharding()
+                parts = sharding.devices_indices_map(arg.shape)
+                own = [parts[device] for device in self._devices]
+                self._hosted.append((index, jax.core.ShapedArray(arg.shape, arg.dtype), sharding, own))
         self._out = jax.tree_util.tree_structure(out)
         self._results = results_of(out, program, split)
         self._params: dict[str, Any] = {}
@@ -110,13 +113,13 @@ class Loaded:
 
     def __call__(self, *args: Any) -> Any:
         given = list(args)
-        for index, aval in self._hosted:
+        for index, aval, sharding, parts in self._hosted:
             array = given[index]
             if isinstance(array, np.ndarray):
                 if array.shape != aval.shape or array.dtype != aval.dtype:
                     fail(f"argument {index} is {array.dtype} {array.shape}, not {aval}")
-                copies = [array] * len(self._devices)
-                given[index] = xla_client.batched_device_put(aval, self._sharding, copies, self._devices)
+                copies = [array[part] for part in parts]
+                given[index] = xla_client.batched_device_put(aval, sharding, copies, self._devices)
         results = self._execute(self._leaves(given)).disassemble_into_single_device_arrays()
         if len(self._devices) == 1:
             return jax.tree_util.tree_unflatten(self._out, [shards[0] for shards in results])

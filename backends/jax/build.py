@@ -33,7 +33,7 @@ class Builder:
         return mesh.describe(self._target)
 
     def configure(self, config: RunnerConfig) -> None:
-        self.split = self._target.split(config.tensor_size)
+        self.split = self._target.split(config.tensor_size, config.num_replicas)
         mesh.keep_float32_exact(self.split.device, config.dtype)
         self._config, self.params = config, param_shapes(config.arch, config.dtype, self.split)
         self._workspace: int | None = None
@@ -62,7 +62,7 @@ class Builder:
         total, free = self.memory()
         taken = self.weight_bytes() + self._beside(measure)
         if self._target.platform == "cpu":
-            return max(0, (free - taken) // mesh.HOST_SHARE // self.split.size * 7 // 8)
+            return max(0, (free - taken) // mesh.HOST_SHARE // len(self.split.devices) * 7 // 8)
         return max(0, total - taken)
 
     def _beside(self, measure: Measure | None = None) -> int:

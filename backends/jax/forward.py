@@ -46,9 +46,9 @@ class Traits:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A mesh, and how params and caches lie on it: a PartitionSpec for each array."""
+    """A mesh, None = that of the program around; how params and caches lie on it: a PartitionSpec for each array."""
 
-    mesh: Mesh
+    mesh: Mesh | None
     params: Any
     caches: Any
 
@@ -83,6 +83,7 @@ def split_forward(
     return jax.shard_map(
         of_rank,
         mesh=spread.mesh,
+        axis_names={AXIS},
         in_specs=(spread.params, spread.caches, whole, whole),
         out_specs=(spread.caches, whole, PartitionSpec(None, AXIS), whole, whole),
         check_vma=False,

@@ -289,6 +289,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "--max-num-seqs": {"max_slots": 4},
     "--max-model-len": {"max_model_len": 64},
     "--tensor-parallel-size": {"tensor_size": 2},
+    "--data-parallel-size": {"num_replicas": 2},
     "--block-size": {"page_tokens": (32,)},
     "--max-num-batched-tokens": {"token_buckets": (2, 8)},
     "row buckets": {"row_buckets": (1, 2)},
@@ -307,7 +308,7 @@ def test_the_key_follows_the_configuration(field: str) -> None:
 def test_every_field_of_the_configuration_is_weighed() -> None:
     """A new field of RunnerConfig either shapes programs or is named here as one that does not."""
     others = {
-        "max_batched_tokens", "num_replicas", "max_in_flight", "load_format", "seed", "device", "attention_backend",
+        "max_batched_tokens", "max_in_flight", "load_format", "seed", "device", "attention_backend",
         "batch_invariant", "num_threads", "executables",
     }  # fmt: skip
     assert {field.name for field in fields(RunnerConfig)} == {"arch"} | set(SHAPING) | others
