@@ -38,6 +38,10 @@ SAMPLED = 64
 """Most rows that are sampled together on an accelerator: each takes a few arrays as wide as the vocabulary."""
 
 
+SPLIT_TOKENS = 256
+"""Fewer tokens are summed whole: a decode step's collectives are short, and two take longer to begin than one."""
+
+
 @dataclass(slots=True)
 class DeviceState:
     """What programs hand on: each call takes these arrays and puts new ones in their place."""
@@ -45,6 +49,11 @@ class DeviceState:
     caches: list[jax.Array]
     rows: tables.Rows
     tables: tables.Tables
+
+
+def split_tokens(platform: str) -> int:
+    """From how many tokens on a step is split over ranks between products (Traits)."""
+    return SPLIT_TOKENS if platform == "tpu" else 0
 
 
 def score_rows(vocab_size: int) -> int:
@@ -84,6 +93,7 @@ class ProgramSet:
             null_slot=config.max_slots,
             block_rows=HEAD_ROWS if on_cpu else max(config.row_buckets) + HEAD_ROWS,
             ranks=split.size,
+            split_tokens=split_tokens(split.platform),
             stacks=stack_places(config.arch),
         )
         self._packers = {
@@ -227,8 +237,14 @@ class ProgramSet:
             programs.append(Program(("sample", size), function, args, donate=(1, 2)))
         return programs
 
-    def _sampling(self, logits: jax.Array, *args: Any, **options: Any) -> Any:
-        return sample.sampling(logits[:, : self._config.arch.vocab_size], *args, **options)
+    def _sampling(
+        self, logits: jax.Array, rows: tables.Rows, sampler: tables.Tables, *args: Any, **options: Any
+    ) -> Any:
+        if self._split.size > 1:
+            # else XLA splits the tables as it splits the logits, and gathers all of them at the end of each step
+            place = self._split.sharding() if self._split.replicas == 1 else PartitionSpec()
+            sampler = jax.lax.with_sharding_constraint(sampler, place)
+        return sample.sampling(logits[:, : self._config.arch.vocab_size], rows, sampler, *args, **options)
 
     def _update_programs(self) -> list[Program]:
         rows, sampler = self._table_shapes()

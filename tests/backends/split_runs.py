@@ -1,6 +1,6 @@
 """Tokens of the jax runner over 1 to 8 devices, as JSON. Run by test_split.py in a process of eight CPU devices.
 
-python -m tests.backends.split_runs unrolled|scanned|orbax SIZE...
+python -m tests.backends.split_runs unrolled|scanned|tokens|orbax SIZE...
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from backends.jax import orbax, restore, stacks
+from backends.jax import orbax, programs, restore, stacks
 from backends.jax.runner import Runner
 from backends.jax.split import Split
 from backends.jax.weights import load_params
@@ -75,6 +75,8 @@ def main() -> None:
     if sys.argv[1] == "scanned":
         dispatch.choose_kernel = lambda platform, head_size: "plain"
         stacks.stacks_layers = lambda platform: True
+    if sys.argv[1] == "tokens":
+        programs.split_tokens = lambda platform: 8  # every bucket
     sizes = [int(size) for size in sys.argv[2:]]
     if sys.argv[1] != "orbax":
         print(json.dumps({size: run(size) for size in sizes}))
