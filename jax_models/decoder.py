@@ -19,6 +19,7 @@ from engine.specs.rope import frequencies
 from jax_models.attention import Attention
 from jax_models.ffn import GatedFfn
 from jax_models.layers import embed, head, rms_norm
+from jax_models.linear import weight_of
 from pallas_kernels.dispatch import Work, all_tokens
 
 Params = Mapping[str, Any]
@@ -62,7 +63,7 @@ class Decoder(nnx.Module):
         self.embed = params["embed"]  # [V, D]
         self.layers = nnx.List([Layer(layer, part) for layer, part in zip(spec.layers, params["layers"], strict=True)])
         self.final_norm = params["final_norm"]  # [D]
-        self.head = params["embed"] if spec.tied_embeddings else params["head"]  # [V, D]
+        self.head = nnx.data(params["embed"] if spec.tied_embeddings else weight_of(params, "head"))  # [V, D]
 
     def __call__(
         self,

@@ -16,6 +16,7 @@ from jax import Array, lax
 from engine.specs.arch import ArchSpec
 from jax_models.decoder import Decoder, Layer, Params
 from jax_models.layers import embed, rms_norm
+from jax_models.linear import weight_of
 from pallas_kernels.dispatch import Work, all_tokens
 
 
@@ -31,7 +32,7 @@ class ScannedDecoder(Decoder):
         self.stacks = nnx.data(params["stacks"])
         self.stack_places = dict(stack_places)
         self.final_norm = params["final_norm"]  # [D]
-        self.head = params["embed"] if spec.tied_embeddings else params["head"]  # [V, D]
+        self.head = nnx.data(params["embed"] if spec.tied_embeddings else weight_of(params, "head"))  # [V, D]
 
     def __call__(
         self,

@@ -39,7 +39,7 @@ class Traits:
     max_model_len: int
     kernels: tuple[str, ...]  # one a group
     null_slot: int
-    block_rows: int  # rows of logits computed at once
+    block_rows: int  # rows of logits computed at once, where any is wanted; 0: all, always
     ranks: int = 1  # devices that share every layer
     split_tokens: int = 0  # steps of so many tokens and more are split over the ranks between products, 0 = none
     stacks: dict[int, tuple[int, int]] = field(default_factory=dict)  # where a layer's stacked weights lie
@@ -152,9 +152,13 @@ def make_decoder(params: dict[str, Any], traits: Traits, tokens: int) -> Decoder
     if "stacks" in params:
         return ScannedDecoder(arch, params, traits.max_model_len, traits.stacks)
     dtype = params["embed"].dtype.name
-    whole = traits.ranks == 1 and all(
-        has_whole_layers(kernel, tokens, group.spec.head_size, dtype)
-        for kernel, group in zip(traits.kernels, traits.layout.groups, strict=True)
+    whole = (
+        traits.ranks == 1
+        and arch.quant is None
+        and all(
+            has_whole_layers(kernel, tokens, group.spec.head_size, dtype)
+            for kernel, group in zip(traits.kernels, traits.layout.groups, strict=True)
+        )
     )
     return (FusedDecoder if whole else Decoder)(arch, params, traits.max_model_len)
 
@@ -200,6 +204,8 @@ def head_rows(decoder: Decoder, hidden: Array, step: dict[str, Array], block: in
     """Logits of the sampling rows, f32 [S, V]; blocks without such a row are left zero."""
     chosen = hidden[step["logit_rows"]]  # [S, D]
     num_rows = chosen.shape[0]
+    if not block:
+        return decoder.logits(chosen)
     if num_rows <= block:
         zeros = jnp.zeros((num_rows, decoder.head.shape[0]), jnp.float32)
         return lax.cond(step["num_logits"] > 0, lambda x: decoder.logits(x), lambda _: zeros, chosen)

@@ -73,6 +73,7 @@ def describe(target: Target) -> DeviceInfo:
         page_tokens=PAGE_TOKENS.get(device.platform, 64),
         default_dtype="float32" if device.platform == "cpu" else "bfloat16",
         supported_dtypes=("float32", "bfloat16"),
+        quantization=("fp8", "compressed-tensors", "awq", "gptq"),
         bucket_style="pow2",
     )
 

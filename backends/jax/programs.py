@@ -82,7 +82,6 @@ class ProgramSet:
         self._params = params
         self._split = split
         self._compiled = Programs(split, load)
-        on_cpu = split.platform == "cpu"
         self._least = dispatch.least_rows(split.platform, config.dtype)
         self._traits = Traits(
             arch=config.arch,
@@ -91,7 +90,7 @@ class ProgramSet:
             max_model_len=config.max_model_len,
             kernels=tuple(dispatch.choose_kernel(split.platform, group.spec.head_size) for group in layout.groups),
             null_slot=config.max_slots,
-            block_rows=HEAD_ROWS if on_cpu else max(config.row_buckets) + HEAD_ROWS,
+            block_rows=self._block_rows(),
             ranks=split.size,
             split_tokens=split_tokens(split.platform),
             stacks=stack_places(config.arch),
@@ -129,6 +128,12 @@ class ProgramSet:
         if rows > HEAD_ROWS:
             rows = -(-rows // HEAD_ROWS) * HEAD_ROWS
         return Shape(tokens, rows, len(self.layout.groups))
+
+    def _block_rows(self) -> int:
+        """A GPU asks the host which way to go where a program branches: longer than padding's logits take."""
+        if self._split.platform == "gpu":
+            return 0
+        return HEAD_ROWS if self._split.platform == "cpu" else max(self._config.row_buckets) + HEAD_ROWS
 
     def packer(self, bucket: Bucket) -> Packer:
         return self._packers[bucket.tokens]

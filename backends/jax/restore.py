@@ -26,7 +26,7 @@ from engine.specs.arch import ArchSpec
 
 def load(path: Path, arch: ArchSpec, dtype: str, split: Split, progress: Progress | None = None) -> dict[str, Any]:
     """The parameters as the runner stores them: converted, and fused where Storage says so, each device its part."""
-    places = storage(arch, split.size)
+    places = storage(arch, split.platform, split.size)
     waiting = Counter(place.name for place in places.values())
     rows: dict[str, list[tuple[int, jax.Array]]] = {}
     store = Store(arch, split)

@@ -24,7 +24,7 @@ from backends.jax.load import load_weights
 from backends.jax.programs import DeviceState, ProgramSet
 from backends.jax.replicas import merge_calls, part_of, together
 from backends.jax.updates import Call, copy_calls, open_calls, page_calls
-from backends.jax.weights import param_bytes
+from backends.jax.weights import check_alike, param_bytes
 from backends.jax.workspace import workspace_bytes
 from engine.errors import ConfigError, StepFailed, check, fail
 from engine.opened import Use, is_poisoned, row_uses
@@ -120,6 +120,7 @@ class Runner:
         compile_cache.enable()
         self._target = mesh.local(config.device)
         self._split = self._target.split(config.tensor_size, config.num_replicas)
+        check_alike(config.arch, self._split.platform)
         mesh.keep_float32_exact(self._split.device, config.dtype)
         self._bundle = Bundle.open(Path(config.executables), config, self._split) if config.executables else None
         shape = (config.num_replicas, config.max_slots)
