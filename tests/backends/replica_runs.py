@@ -1,6 +1,6 @@
 """Answers of the whole engine with the jax backend over replicas, as JSON. Run by test_replicas.py.
 
-python -m tests.backends.replica_runs MODEL DPxTP...    in a process of eight CPU devices
+python -m tests.backends.replica_runs MODEL DPxTP[:BUNDLE]...    in a process of eight CPU devices
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from twinfer import LLM, SamplingParams
+
+PAGES = 24
 
 
 def requests() -> tuple[list[dict[str, list[int]]], list[SamplingParams]]:
@@ -35,11 +37,12 @@ def requests() -> tuple[list[dict[str, list[int]]], list[SamplingParams]]:
     return prompts, params
 
 
-def run(model: str, replicas: int, ranks: int) -> dict[str, Any]:
+def run(model: str, replicas: int, ranks: int, bundle: str) -> dict[str, Any]:
+    pages: dict[str, Any] = {"executables": bundle} if bundle else {"num_gpu_blocks_override": PAGES}
     llm = LLM(
         model, backend="jax", device="cpu", dtype="float32", data_parallel_size=replicas, tensor_parallel_size=ranks,
-        max_num_seqs=4, max_num_batched_tokens=64, max_model_len=128, num_gpu_blocks_override=24, block_size=16,
-        skip_tokenizer_init=True, show_progress=False,
+        max_num_seqs=4, max_num_batched_tokens=64, max_model_len=128, block_size=16, skip_tokenizer_init=True,
+        show_progress=False, **pages,
     )  # fmt: skip
     prompts, params = requests()
     outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -63,8 +66,12 @@ def run(model: str, replicas: int, ranks: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    sizes = [tuple(map(int, size.split("x"))) for size in sys.argv[2:]]
-    print(json.dumps({f"{replicas}x{ranks}": run(sys.argv[1], replicas, ranks) for replicas, ranks in sizes}))
+    found = {}
+    for case in sys.argv[2:]:
+        sizes, _, bundle = case.partition(":")
+        replicas, ranks = map(int, sizes.split("x"))
+        found[case] = run(sys.argv[1], replicas, ranks, bundle)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
