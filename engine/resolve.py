@@ -64,6 +64,7 @@ def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolve
     page = resolve_page(config.cache.block_size, device)
     groups, ranks = cache_groups(arch), config.parallel.tensor_parallel_size
     check_tensor(ranks, arch, device)
+    check_replicas(config.parallel.data_parallel_size, ranks, device)
     cost = resolve_cost(arch, dtype, ranks, device, seqs)
     row_buckets, token_buckets = resolve_buckets(device, seqs, batched, cost)
     runner = RunnerConfig(
@@ -77,7 +78,9 @@ def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolve
         row_buckets=row_buckets,
         max_batched_tokens=batched,
         max_in_flight=min(device.max_in_flight, 2) if config.schedule.async_scheduling else 1,
-        max_num_steps=resolve_turns(config.schedule.num_scheduler_steps, device, cost),
+        max_num_steps=resolve_turns(
+            config.schedule.num_scheduler_steps, config.parallel.data_parallel_size, device, cost
+        ),
         sampler_limits=SamplerLimits(max_logprobs=min(config.model.max_logprobs, arch.vocab_size)),
         load_format=config.model.load_format,
         seed=config.model.seed,
@@ -85,6 +88,7 @@ def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolve
         attention_backend=attention,
         batch_invariant=config.batch_invariant,
         tensor_size=ranks,
+        num_replicas=config.parallel.data_parallel_size,
         executables=config.executables or "",
     )
     return Resolved(
@@ -108,8 +112,8 @@ def refuse_unsupported(config: EngineConfig) -> None:
     ):
         if value < 1:
             raise ConfigError(f"{flag}: {value} is not accepted; expected an integer >= 1")
-        if value > 1:
-            raise ConfigError(f"{flag}: {value} is not supported yet; use 1 (one device serves one engine today)")
+    if parallel.pipeline_parallel_size > 1:
+        raise ConfigError(f"--pipeline-parallel-size: {parallel.pipeline_parallel_size} is not supported yet; use 1")
     if config.model.trust_remote_code:
         raise ConfigError("--trust-remote-code: refused; twinfer never runs code of a checkpoint. Leave it out")
     if config.schedule.scheduling_policy not in ("fcfs", "priority"):
@@ -127,6 +131,22 @@ def check_tensor(size: int, arch: ArchSpec, device: DeviceInfo) -> None:
         raise ConfigError(
             f"--tensor-parallel-size: {size} is more than the {device.num_devices} devices that this backend drives "
             f"({device.name}); expected at most {device.num_devices}"
+        )
+
+
+def check_replicas(count: int, ranks: int, device: DeviceInfo) -> None:
+    """Whether this backend drives so many copies of the model, each on devices of its own."""
+    if count == 1:
+        return
+    if Capability.REPLICAS not in device.capabilities:
+        raise ConfigError(
+            f"--data-parallel-size: {count} is not supported by this backend on {device.name}; use --backend jax, or "
+            "start a server for each copy"
+        )
+    if count * ranks > device.num_devices:
+        raise ConfigError(
+            f"--data-parallel-size: {count} copies of {ranks} devices are more than the {device.num_devices} devices "
+            f"that this backend drives ({device.name})"
         )
 
 
@@ -284,13 +304,17 @@ def resolve_cost(arch: ArchSpec, dtype: str, ranks: int, device: DeviceInfo, seq
     return step_cost(arch, DTYPE_BYTES[dtype], ranks, chip, seqs)
 
 
-def resolve_turns(given: int | None, device: DeviceInfo, cost: StepCost | None) -> int:
+def resolve_turns(given: int | None, replicas: int, device: DeviceInfo, cost: StepCost | None) -> int:
     """Most decode turns of a step; 1 where the runner takes one, and without a cost: docs/performance.md says why."""
-    able = Capability.MULTI_STEP in device.capabilities
+    able = Capability.MULTI_STEP in device.capabilities and replicas == 1
     if given is None:
         return most_turns(cost, TURNS, TURNS_S) if able and cost is not None else 1
     if not 1 <= given <= MOST_TURNS:
         raise ConfigError(f"--num-scheduler-steps: {given} is not accepted; expected 1 .. {MOST_TURNS}")
+    if given > 1 and replicas > 1:
+        raise ConfigError(
+            f"--num-scheduler-steps: {given} with --data-parallel-size {replicas} is not supported yet; use 1"
+        )
     if given > 1 and not able:
         raise ConfigError(
             f"--num-scheduler-steps: {given} is not supported by this backend on {device.name}; use --backend jax, or 1"

@@ -30,7 +30,7 @@ def linear_sum(x: Array, weight: Weight, bias: Array | None = None) -> Array:
     """
     if not dispatch.is_split():
         return linear(x, weight, bias)
-    total = dispatch.sum_ranks(dispatch.linear_f32(x, weight, is_part=True))
+    total = dispatch.sum_ranks(dispatch.linear_f32(x, weight, is_part=True), x.dtype)
     return (total if bias is None else total + bias.astype(jnp.float32)).astype(x.dtype)
 
 

@@ -17,7 +17,7 @@ from engine.specs.arch import ArchSpec
 from jax_models.decoder import Decoder, Layer, Params
 from jax_models.layers import embed, rms_norm
 from jax_models.linear import weight_of
-from pallas_kernels.dispatch import Work
+from pallas_kernels.dispatch import Work, all_tokens
 
 
 class ScannedDecoder(Decoder):
@@ -65,4 +65,4 @@ class ScannedDecoder(Decoder):
 
             (x, caches), _ = lax.scan(body, (x, caches), indexes)
         norm = self.spec.final_norm
-        return rms_norm(x, self.final_norm, norm.eps, norm.offset), caches
+        return all_tokens(rms_norm(x, self.final_norm, norm.eps, norm.offset)), caches

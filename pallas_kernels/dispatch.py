@@ -21,6 +21,8 @@ from pallas_kernels.cpu_library import library
 
 RANKS: ContextVar[str | None] = ContextVar("RANKS", default=None)
 """The mesh axis of the program that is being traced, None: one device has all."""
+TOKENS_SPLIT: ContextVar[bool] = ContextVar("tokens_split", default=False)
+"""Whether each rank has its own part of the tokens between products."""
 ATTENTION: Mapping[str, Callable[..., tuple[Array, Array]]] = {
     "plain": plain.paged_attention,
     "cpu": cpu_attention.paged_attention,
@@ -101,22 +103,36 @@ def quant_linear_f32(x: Array, weight: quant_linear.QuantWeight, axis: str | Non
 
 
 @contextmanager
-def split_over(axis: str) -> Iterator[None]:
-    """While a program is traced inside: it is one rank's, and the ranks are the mesh axis `axis`."""
-    token = RANKS.set(axis)
+def split_over(axis: str, tokens: bool = False) -> Iterator[None]:
+    """While a program is traced inside: it is one rank's, and the ranks are the mesh axis `axis`.
+
+    tokens: between the products of a layer each rank has an equal part of the step's tokens, in order of ranks.
+    """
+    ranks, split = RANKS.set(axis), TOKENS_SPLIT.set(tokens)
     try:
         yield
     finally:
-        RANKS.reset(token)
+        RANKS.reset(ranks)
+        TOKENS_SPLIT.reset(split)
 
 
 def is_split() -> bool:
     return RANKS.get() is not None
 
 
-def sum_ranks(x: Array) -> Array:
-    """The sum over all ranks."""
+def sum_ranks(x: Array, dtype: jnp.dtype) -> Array:
+    """The sum over all ranks, [T, D]; this rank's tokens of it, in `dtype`, where tokens are split."""
+    if TOKENS_SPLIT.get():
+        # libtpu lets whole sums travel in bfloat16 by itself, scattered ones not always
+        return lax.psum_scatter(x.astype(dtype), RANKS.get(), scatter_dimension=0, tiled=True)
     return lax.psum(x, RANKS.get())
+
+
+def all_tokens(x: Array) -> Array:
+    """The whole step's tokens [T, D], where each rank has its own; else x as it is."""
+    if not TOKENS_SPLIT.get():
+        return x
+    return lax.all_gather(x, RANKS.get(), axis=0, tiled=True)
 
 
 def take_split_rows(table: Array, index: Array) -> Array:
@@ -127,7 +143,7 @@ def take_split_rows(table: Array, index: Array) -> Array:
     own = index - lax.axis_index(axis) * table.shape[0]
     inside = (own >= 0) & (own < table.shape[0])
     rows = take_rows(table, jnp.where(inside, own, 0))
-    return lax.psum(jnp.where(inside[:, None], rows, 0), axis)
+    return sum_ranks(jnp.where(inside[:, None], rows, 0), table.dtype)
 
 
 def take_rows(table: Array, index: Array) -> Array:

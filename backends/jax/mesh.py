@@ -20,7 +20,13 @@ from engine.specs.chips import parse_slice
 from engine.specs.quant import FORMS
 
 CAPABILITIES = frozenset(
-    {Capability.LATE_MASK, Capability.MULTI_STEP, Capability.PROMPT_LOGPROBS, Capability.EXECUTABLES}
+    {
+        Capability.LATE_MASK,
+        Capability.MULTI_STEP,
+        Capability.PROMPT_LOGPROBS,
+        Capability.EXECUTABLES,
+        Capability.REPLICAS,
+    }
 )
 PAGE_TOKENS = {"cpu": 64, "gpu": 64, "tpu": 128}
 WITHOUT_A_TPU = {
@@ -49,14 +55,16 @@ class Target:
         """(total, free) bytes of a device."""
         return memory(self.devices[0]) if self.hbm_bytes is None else (self.hbm_bytes, self.hbm_bytes)
 
-    def split(self, size: int) -> Split:
-        """The first `size` devices. Raises ConfigError."""
-        if size > len(self.devices):
+    def split(self, size: int, replicas: int = 1) -> Split:
+        """The first devices, `size` a replica. Raises ConfigError."""
+        if size * replicas > len(self.devices):
+            asked = f"--tensor-parallel-size: {size}"
+            if replicas > 1:
+                asked = f"--data-parallel-size: {replicas} x --tensor-parallel-size {size}"
             raise ConfigError(
-                f"--tensor-parallel-size: {size} is more than the {len(self.devices)} devices that jax has "
-                f"({self.devices[0].device_kind})"
+                f"{asked} is more than the {len(self.devices)} devices that jax has ({self.devices[0].device_kind})"
             )
-        return Split(self.devices[:size])
+        return Split(self.devices[: size * replicas], replicas)
 
 
 QUANTIZATION = ("fp8", "compressed-tensors", "awq", "gptq")

@@ -110,7 +110,7 @@ def abstract(arch: ArchSpec, shapes: dict[str, jax.ShapeDtypeStruct], split: Spl
         if layer in places:
             stack = places[layer][0]
             length = sum(other == stack for other, _ in places.values())
-            spec = PartitionSpec(None, *(shape.sharding.spec if split.size > 1 else ()))
+            spec = PartitionSpec(None, *(shape.sharding.spec if len(split.devices) > 1 else ()))
             flat[f"stacks.{stack}.{part}"] = split.shape((length, *shape.shape), shape.dtype, spec)
         else:
             flat[name] = shape
