@@ -20,7 +20,8 @@ from jax_models.attention import Attention
 from jax_models.ffn import GatedFfn
 from jax_models.layers import embed, head, rms_norm
 from jax_models.linear import weight_of
-from pallas_kernels.dispatch import Work, all_tokens
+from pallas_kernels.dispatch import Work
+from pallas_kernels.ranks import all_tokens
 
 Params = Mapping[str, Any]
 """{"embed", "final_norm", "head" (absent when tied), "layers": one mapping of part name -> array a layer}"""
@@ -41,7 +42,7 @@ class Layer(nnx.Module):
     def __call__(
         self, x: Array, cos: Array | None, sin: Array | None, cache: Array, layer_index: int, work: Work
     ) -> tuple[Array, Array]:
-        """x: [T, D], or a rank's tokens of it (dispatch.split_over) -> (the same, cache)."""
+        """x: [T, D], or a rank's tokens of it (ranks.split_over) -> (the same, cache)."""
         eps, offset = self.spec.norms.eps, self.spec.norms.offset
         normed = all_tokens(rms_norm(x, self.attn_norm, eps, offset))
         mixed, cache = self.mixer(normed, cos, sin, cache, layer_index, work)

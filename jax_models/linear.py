@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, ranks
 from pallas_kernels.quant_linear import QuantWeight, Weight
 
 
@@ -28,9 +28,9 @@ def linear_sum(x: Array, weight: Weight, bias: Array | None = None) -> Array:
 
     x: [T, I / ranks]; weight: [O, I / ranks]; bias: [O].
     """
-    if not dispatch.is_split():
+    if not ranks.is_split():
         return linear(x, weight, bias)
-    total = dispatch.sum_ranks(dispatch.linear_f32(x, weight, is_part=True), x.dtype)
+    total = ranks.sum_ranks(dispatch.linear_f32(x, weight, is_part=True), x.dtype)
     return (total if bias is None else total + bias.astype(jnp.float32)).astype(x.dtype)
 
 

@@ -17,7 +17,8 @@ from engine.specs.arch import ArchSpec
 from jax_models.decoder import Decoder, Layer, Params
 from jax_models.layers import embed, rms_norm
 from jax_models.linear import weight_of
-from pallas_kernels.dispatch import Work, all_tokens
+from pallas_kernels.dispatch import Work
+from pallas_kernels.ranks import all_tokens
 
 
 class ScannedDecoder(Decoder):

@@ -6,29 +6,33 @@ Letters: T tokens · S rows · N query heads · K KV heads · H head size · L l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels import cpu_attention, cpu_gemm, cpu_layer, cpu_linear, gpu_attention, quant_linear, tpu_attention
+from pallas_kernels import (
+    cpu_attention,
+    cpu_gemm,
+    cpu_layer,
+    cpu_linear,
+    gpu_attention,
+    quant_linear,
+    ranks,
+    tpu_attention,
+)
 from pallas_kernels import paged_attention as plain
 from pallas_kernels.cpu_library import library
 
-RANKS: ContextVar[str | None] = ContextVar("RANKS", default=None)
-"""The mesh axis of the program that is being traced, None: one device has all."""
-TOKENS_SPLIT: ContextVar[bool] = ContextVar("tokens_split", default=False)
-"""Whether each rank has its own part of the tokens between products."""
 ATTENTION: Mapping[str, Callable[..., tuple[Array, Array]]] = {
     "plain": plain.paged_attention,
     "cpu": cpu_attention.paged_attention,
     "gpu": gpu_attention.paged_attention,
     "gpu_interpreted": partial(gpu_attention.paged_attention, interpret=True),
 }
+split_over = ranks.split_over
 TILE_TOKENS = 128
 """Query tokens of one prefill tile of the plain kernel."""
 
@@ -73,7 +77,7 @@ def linear(x: Array, weight: quant_linear.Weight) -> Array:
 def linear_f32(x: Array, weight: quant_linear.Weight, is_part: bool = False) -> Array:
     """x @ weight.T, f32 [M, N]. x: [M, K]; weight: [N, K]. is_part: x and weight are a rank's part of all inputs."""
     if isinstance(weight, quant_linear.QuantWeight):
-        return quant_linear_f32(x, weight, RANKS.get() if is_part else None)
+        return quant_linear_f32(x, weight, ranks.axis() if is_part else None)
 
     def plain_linear(x: Array, weight: Array) -> Array:
         # XLA:CPU is fast in bfloat16 only when it is asked for float32
@@ -102,48 +106,15 @@ def quant_linear_f32(x: Array, weight: quant_linear.QuantWeight, axis: str | Non
     return linear_f32(codes.astype(weight.data.dtype), weight.data) * scale * weight.scale
 
 
-@contextmanager
-def split_over(axis: str, tokens: bool = False) -> Iterator[None]:
-    """While a program is traced inside: it is one rank's, and the ranks are the mesh axis `axis`.
-
-    tokens: between the products of a layer each rank has an equal part of the step's tokens, in order of ranks.
-    """
-    ranks, split = RANKS.set(axis), TOKENS_SPLIT.set(tokens)
-    try:
-        yield
-    finally:
-        RANKS.reset(ranks)
-        TOKENS_SPLIT.reset(split)
-
-
-def is_split() -> bool:
-    return RANKS.get() is not None
-
-
-def sum_ranks(x: Array, dtype: jnp.dtype) -> Array:
-    """The sum over all ranks, [T, D]; this rank's tokens of it, in `dtype`, where tokens are split."""
-    if TOKENS_SPLIT.get():
-        # libtpu lets whole sums travel in bfloat16 by itself, scattered ones not always
-        return lax.psum_scatter(x.astype(dtype), RANKS.get(), scatter_dimension=0, tiled=True)
-    return lax.psum(x, RANKS.get())
-
-
-def all_tokens(x: Array) -> Array:
-    """The whole step's tokens [T, D], where each rank has its own; else x as it is."""
-    if not TOKENS_SPLIT.get():
-        return x
-    return lax.all_gather(x, RANKS.get(), axis=0, tiled=True)
-
-
 def take_split_rows(table: Array, index: Array) -> Array:
     """table[index] where each rank has a part of the table, [V / ranks, D], rows in order of ranks."""
-    axis = RANKS.get()
+    axis = ranks.axis()
     if axis is None:
         return take_rows(table, index)
     own = index - lax.axis_index(axis) * table.shape[0]
     inside = (own >= 0) & (own < table.shape[0])
     rows = take_rows(table, jnp.where(inside, own, 0))
-    return sum_ranks(jnp.where(inside[:, None], rows, 0), table.dtype)
+    return ranks.sum_ranks(jnp.where(inside[:, None], rows, 0), table.dtype)
 
 
 def take_rows(table: Array, index: Array) -> Array:

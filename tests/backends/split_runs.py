@@ -1,6 +1,6 @@
 """Tokens of the jax runner over 1 to 8 devices, as JSON. Run by test_split.py in a process of eight CPU devices.
 
-python -m tests.backends.split_runs unrolled|scanned|tokens|orbax SIZE...
+python -m tests.backends.split_runs unrolled|scanned|tokens|orbax|int8|fp8 SIZE...
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from backends.jax.split import Split
 from backends.jax.weights import load_params
 from engine.specs.arch import ArchSpec
 from engine.specs.manifest import write_manifest
+from engine.specs.quant import ModelQuant, Pattern, WeightQuant
 from engine.specs.weights import dummy_params
 from pallas_kernels import dispatch
 from tests.backends.driver import Driver, llama
@@ -35,6 +36,13 @@ def arch() -> ArchSpec:
     plain = llama(windows=(None, 20, None))
     layers = [replace(layer, mixer=replace(layer.mixer, num_heads=8, num_kv_heads=4)) for layer in plain.layers]
     return replace(plain, layers=tuple(layers))
+
+
+def quantised(scheme: str) -> ArchSpec:
+    """The same with scales of rows, and inputs rounded per token: over all devices that hold a part of them."""
+    quant = WeightQuant(scheme=scheme, layout="plain", per="channel", act="token")
+    rules = (((Pattern(kind="linear"),), quant),)
+    return replace(arch(), quant=ModelQuant(method="compressed-tensors", rules=rules))
 
 
 def write_checkpoint(folder: Path) -> None:
@@ -57,9 +65,9 @@ def compare(folder: Path, size: int) -> None:
                 np.testing.assert_array_equal(np.asarray(mine.data), np.asarray(other.data))
 
 
-def run(size: int, checkpoint: Path | None = None) -> list[object]:
+def run(size: int, checkpoint: Path | None = None, spec: ArchSpec | None = None) -> list[object]:
     told = {} if checkpoint is None else {"checkpoint": checkpoint, "load_format": "orbax"}
-    d = Driver(Runner(), arch(), tensor_size=size, seed=3, **told)
+    d = Driver(Runner(), spec or arch(), tensor_size=size, seed=3, **told)
     found: list[object] = []
     for sampling in SAMPLINGS:
         seqs = [d.new(d.prompt(length), **sampling) for length in (37, 5, 20, 1)]
@@ -79,7 +87,8 @@ def main() -> None:
         programs.split_tokens = lambda platform: 8  # every bucket
     sizes = [int(size) for size in sys.argv[2:]]
     if sys.argv[1] != "orbax":
-        print(json.dumps({size: run(size) for size in sizes}))
+        spec = quantised(sys.argv[1]) if sys.argv[1] in ("int8", "fp8") else None
+        print(json.dumps({size: run(size, spec=spec) for size in sizes}))
         return
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder))

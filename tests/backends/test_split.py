@@ -21,7 +21,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
-    ("layers", "sizes"), [("unrolled", "1 2 4 8"), ("scanned", "1 8"), ("tokens", "1 2 8"), ("orbax", "1 2 4 8")]
+    ("layers", "sizes"),
+    [
+        ("unrolled", "1 2 4 8"),
+        ("scanned", "1 8"),
+        ("tokens", "1 2 8"),
+        ("orbax", "1 2 4 8"),
+        ("int8", "1 4"),
+        ("fp8", "1 4"),
+    ],
 )
 def test_the_same_over_many_devices(layers: str, sizes: str) -> None:
     """8 devices hold 4 KV heads twice, and the last of them fewer ids than the others."""
