@@ -9,15 +9,18 @@ import pytest
 from bench.collectives import Collective, collectives
 from bench.split import ROWS, SLICES, SPLIT_TOKENS, TOKENS, in_process, least, totals
 
-FAST = SLICES[0]
+MOVES_MASKS = ("tpu7x:2x2x1", 8, 1)
+XFAIL = pytest.mark.xfail(strict=True, reason="unpacked masks are split by rows there: 4.7 MB move, docs/tpu.md")
+CASES = [
+    SLICES[0],
+    *(pytest.param(*s, marks=[pytest.mark.slow, *[XFAIL] * (s == MOVES_MASKS)]) for s in SLICES[1:]),
+]
 TABLE_BYTES = 1 << 18
 """Most that one collective of the sampler moves: a vocabulary's worth of 64 rows is 39 MB."""
 
 
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed")
-@pytest.mark.parametrize(
-    ("slice_name", "ranks", "replicas"), [FAST, *(pytest.param(*s, marks=pytest.mark.slow) for s in SLICES[1:])]
-)
+@pytest.mark.parametrize(("slice_name", "ranks", "replicas"), CASES)
 def test_collectives_are_the_least(slice_name: str, ranks: int, replicas: int) -> None:
     found = in_process(slice_name, ranks, replicas)
     for tokens in (ROWS, TOKENS):
