@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.specs.arch import ArchSpec
-from engine.specs.chips import Chip
 from engine.specs.parallel import shard_shape
 from engine.specs.weights import param_table
 
@@ -43,9 +42,9 @@ class StepCost:
         return np.asarray(np.maximum(self.weights_s, products) + rows * self.logits_s)
 
 
-def step_cost(arch: ArchSpec, item: int, ranks: int, chip: Chip, max_rows: int) -> StepCost:
-    """item: bytes of a plain weight's number."""
-    peak, vocab = chip.flops["bfloat16"], -(-arch.vocab_size // ranks)
+def step_cost(arch: ArchSpec, item: int, ranks: int, speed: tuple[float, float], max_rows: int) -> StepCost:
+    """item: bytes of a plain weight's number. speed: bytes and operations a second of one device."""
+    (bandwidth, peak), vocab = speed, -(-arch.vocab_size // ranks)
     head = "embed" if arch.tied_embeddings else "head"
     stored = sum(prod(shard_shape(param, ranks, 0)) * BYTES.get(param.dtype or "", item) for param in param_table(arch))
     if not arch.tied_embeddings:
@@ -56,10 +55,10 @@ def step_cost(arch: ArchSpec, item: int, ranks: int, chip: Chip, max_rows: int) 
         if len(param.shape) == 2 and param.name not in ("embed", head)
     )
     return StepCost(
-        weights_s=stored / chip.bandwidth,
+        weights_s=stored / bandwidth,
         token_s=2 * numbers / peak,
         head_s=2 * vocab * arch.hidden_size / peak,
-        logits_s=LOGIT_BYTES * vocab / chip.bandwidth,
+        logits_s=LOGIT_BYTES * vocab / bandwidth,
         max_rows=max_rows,
     )
 

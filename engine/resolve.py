@@ -27,6 +27,7 @@ AUTO = -1  # of --max-model-len
 MOST_INVARIANT_LOGPROBS = 64  # what the kernel of raw logprobs ranks
 
 TURNS, TURNS_S, MOST_TURNS = 8, 0.02, 64  # of --num-scheduler-steps: at most so many of themselves, in so long
+HOST, HOST_TURN_ROWS = (2e10, 2e11), 4  # a CPU's bytes and operations a second, roughly; few rows: few programs
 TOKEN_BUCKETS = 10  # where a program takes long to compile
 
 GIB = 1 << 30
@@ -64,6 +65,7 @@ def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolve
     groups, ranks = cache_groups(arch), config.parallel.tensor_parallel_size
     check_tensor(ranks, arch, device)
     cost = resolve_cost(arch, dtype, ranks, device, seqs)
+    turns, turn_rows = resolve_turns(config.schedule.num_scheduler_steps, device, cost, seqs)
     row_buckets, token_buckets = resolve_buckets(device, seqs, batched, cost)
     runner = RunnerConfig(
         arch=arch,
@@ -76,7 +78,8 @@ def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolve
         row_buckets=row_buckets,
         max_batched_tokens=batched,
         max_in_flight=min(device.max_in_flight, 2) if config.schedule.async_scheduling else 1,
-        max_num_steps=resolve_turns(config.schedule.num_scheduler_steps, device, cost),
+        max_num_steps=turns,
+        max_turn_rows=turn_rows,
         sampler_limits=SamplerLimits(max_logprobs=min(config.model.max_logprobs, arch.vocab_size)),
         load_format=config.model.load_format,
         seed=config.model.seed,
@@ -266,25 +269,30 @@ def resolve_batch(config: EngineConfig, device: DeviceInfo, max_model_len: int) 
 
 
 def resolve_cost(arch: ArchSpec, dtype: str, ranks: int, device: DeviceInfo, seqs: int) -> StepCost | None:
-    """What a step takes of a TPU, by the data sheet of its chip (of the slowest, where it is not known)."""
+    """What a step takes: of a TPU by its data sheet, of one that nobody knows by the slowest; of a CPU roughly."""
+    item = DTYPE_BYTES[dtype]
+    if device.kind == "cpu":
+        return step_cost(arch, item, ranks, HOST, seqs)
     if device.kind != "tpu":
         return None
     chip = chip_of(device.name) or min(chips_of_kind("tpu"), key=lambda chip: chip.bandwidth)
-    return step_cost(arch, DTYPE_BYTES[dtype], ranks, chip, seqs)
+    return step_cost(arch, item, ranks, (chip.bandwidth, chip.flops["bfloat16"]), seqs)
 
 
-def resolve_turns(given: int | None, device: DeviceInfo, cost: StepCost | None) -> int:
-    """Most decode turns of a step; 1 where the runner takes one, and without a cost: docs/performance.md says why."""
+def resolve_turns(given: int | None, device: DeviceInfo, cost: StepCost | None, seqs: int) -> tuple[int, int]:
+    """(most decode turns of a step, most rows of such a step): docs/performance.md has the measurements."""
     able = Capability.MULTI_STEP in device.capabilities
     if given is None:
-        return most_turns(cost, TURNS, TURNS_S) if able and cost is not None else 1
+        if not able or cost is None:
+            return 1, seqs
+        return most_turns(cost, TURNS, TURNS_S), min(seqs, HOST_TURN_ROWS) if device.kind == "cpu" else seqs
     if not 1 <= given <= MOST_TURNS:
         raise ConfigError(f"--num-scheduler-steps: {given} is not accepted; expected 1 .. {MOST_TURNS}")
     if given > 1 and not able:
         raise ConfigError(
             f"--num-scheduler-steps: {given} is not supported by this backend on {device.name}; use --backend jax, or 1"
         )
-    return given
+    return given, seqs
 
 
 def resolve_page(block_size: int | None, device: DeviceInfo) -> int:
@@ -301,7 +309,7 @@ def resolve_buckets(
     """(row buckets, token buckets), ascending; empty where the device takes any shape."""
     if device.bucket_style == "exact":
         return (), ()
-    if cost is not None:
+    if cost is not None and device.kind == "tpu":
         powers = {*powers_to(1, seqs), *powers_to(64, batched)}
         tokens = choose_buckets(cost, tuple(sorted({seqs, batched})), min(TOKEN_BUCKETS, len(powers)))
         return tuple(size for size in tokens if size <= seqs), tokens

@@ -236,7 +236,8 @@ class ProgramSet:
         rows, sampler = self._table_shapes()
         caches = cache_shapes(self.layout, self._split)
         outs = ([cache.sharding for cache in caches], whole, whole, whole, whole)
-        largest = min(tokens for tokens in self._packers if tokens >= max(config.row_buckets))
+        most_rows = min(config.max_turn_rows, max(config.row_buckets))
+        largest = min(tokens for tokens in self._packers if tokens >= most_rows)
         programs = {}
         for shape in (packer.shape for tokens, packer in self._packers.items() if tokens <= largest):
             loop = turns.Loop(
