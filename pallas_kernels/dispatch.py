@@ -6,7 +6,7 @@ Letters: T tokens · S rows · N query heads · K KV heads · H head size · L l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -15,12 +15,20 @@ from functools import partial
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels import cpu_attention, cpu_gemm, cpu_layer, cpu_linear, gpu_attention, tpu_attention
+from pallas_kernels import cpu_attention, cpu_gemm, cpu_layer, cpu_linear, gpu_attention, quant_linear, tpu_attention
 from pallas_kernels import paged_attention as plain
 from pallas_kernels.cpu_library import library
 
 RANKS: ContextVar[str | None] = ContextVar("RANKS", default=None)
 """The mesh axis of the program that is being traced, None: one device has all."""
+TOKENS_SPLIT: ContextVar[bool] = ContextVar("tokens_split", default=False)
+"""Whether each rank has its own part of the tokens between products."""
+ATTENTION: Mapping[str, Callable[..., tuple[Array, Array]]] = {
+    "plain": plain.paged_attention,
+    "cpu": cpu_attention.paged_attention,
+    "gpu": gpu_attention.paged_attention,
+    "gpu_interpreted": partial(gpu_attention.paged_attention, interpret=True),
+}
 TILE_TOKENS = 128
 """Query tokens of one prefill tile of the plain kernel."""
 
@@ -32,7 +40,7 @@ class Work:
     Row r owns tokens [query_starts[r], query_starts[r] + num_new[r]) of the step, at positions from num_computed[r] on.
     """
 
-    kernel: str  # "plain" | "cpu" | "gpu" | "tpu" | "tpu_interpreted"
+    kernel: str  # "plain" | "cpu" | "gpu" | "tpu"; "gpu_interpreted", "tpu_interpreted" in tests
     page_tokens: int
     num_rows: Array  # i32 []
     page_table: Array  # i32 [S, max_pages]
@@ -48,8 +56,10 @@ class Work:
     lists: tpu_attention.Rounds | None = None  # of the tpu kernels
 
 
-def linear(x: Array, weight: Array) -> Array:
+def linear(x: Array, weight: quant_linear.Weight) -> Array:
     """x @ weight.T of x's dtype, rounded once. x: [M, K]; weight: [N, K]."""
+    if isinstance(weight, quant_linear.QuantWeight):
+        return linear_f32(x, weight).astype(x.dtype)
 
     def plain_linear(x: Array, weight: Array) -> Array:
         return linear_f32(x, weight).astype(x.dtype)
@@ -60,8 +70,10 @@ def linear(x: Array, weight: Array) -> Array:
     return plain_linear(x, weight)
 
 
-def linear_f32(x: Array, weight: Array) -> Array:
-    """x @ weight.T, f32 [M, N]. x: [M, K]; weight: [N, K]."""
+def linear_f32(x: Array, weight: quant_linear.Weight, is_part: bool = False) -> Array:
+    """x @ weight.T, f32 [M, N]. x: [M, K]; weight: [N, K]. is_part: x and weight are a rank's part of all inputs."""
+    if isinstance(weight, quant_linear.QuantWeight):
+        return quant_linear_f32(x, weight, RANKS.get() if is_part else None)
 
     def plain_linear(x: Array, weight: Array) -> Array:
         # XLA:CPU is fast in bfloat16 only when it is asked for float32
@@ -75,23 +87,52 @@ def linear_f32(x: Array, weight: Array) -> Array:
     return plain_linear(x, weight)
 
 
+def quant_linear_f32(x: Array, weight: quant_linear.QuantWeight, axis: str | None) -> Array:
+    """axis: the mesh axis over which x and weight are split."""
+    if not weight.rounded:
+        wide = weight.data.astype(x.dtype)  # a TPU does so on the way to its matrix unit
+        return linear_f32(x, wide) * weight.scale
+    if weight.rounded == "blocks":
+        if axis is not None and x.shape[1] % quant_linear.BLOCK:
+            raise ValueError(f"{x.shape[1]} inputs of a rank are no whole blocks of {quant_linear.BLOCK}")
+        return linear_f32(quant_linear.round_blocks(x).astype(weight.data.dtype), weight.data) * weight.scale
+    codes, scale = quant_linear.round_inputs(x, weight, axis)
+    if weight.data.dtype in (jnp.int8, jnp.float8_e4m3fn):
+        return quant_linear.product(codes, weight.data) * scale * weight.scale
+    return linear_f32(codes.astype(weight.data.dtype), weight.data) * scale * weight.scale
+
+
 @contextmanager
-def split_over(axis: str) -> Iterator[None]:
-    """While a program is traced inside: it is one rank's, and the ranks are the mesh axis `axis`."""
-    token = RANKS.set(axis)
+def split_over(axis: str, tokens: bool = False) -> Iterator[None]:
+    """While a program is traced inside: it is one rank's, and the ranks are the mesh axis `axis`.
+
+    tokens: between the products of a layer each rank has an equal part of the step's tokens, in order of ranks.
+    """
+    ranks, split = RANKS.set(axis), TOKENS_SPLIT.set(tokens)
     try:
         yield
     finally:
-        RANKS.reset(token)
+        RANKS.reset(ranks)
+        TOKENS_SPLIT.reset(split)
 
 
 def is_split() -> bool:
     return RANKS.get() is not None
 
 
-def sum_ranks(x: Array) -> Array:
-    """The sum over all ranks."""
+def sum_ranks(x: Array, dtype: jnp.dtype) -> Array:
+    """The sum over all ranks, [T, D]; this rank's tokens of it, in `dtype`, where tokens are split."""
+    if TOKENS_SPLIT.get():
+        # libtpu lets whole sums travel in bfloat16 by itself, scattered ones not always
+        return lax.psum_scatter(x.astype(dtype), RANKS.get(), scatter_dimension=0, tiled=True)
     return lax.psum(x, RANKS.get())
+
+
+def all_tokens(x: Array) -> Array:
+    """The whole step's tokens [T, D], where each rank has its own; else x as it is."""
+    if not TOKENS_SPLIT.get():
+        return x
+    return lax.all_gather(x, RANKS.get(), axis=0, tiled=True)
 
 
 def take_split_rows(table: Array, index: Array) -> Array:
@@ -102,7 +143,7 @@ def take_split_rows(table: Array, index: Array) -> Array:
     own = index - lax.axis_index(axis) * table.shape[0]
     inside = (own >= 0) & (own < table.shape[0])
     rows = take_rows(table, jnp.where(inside, own, 0))
-    return lax.psum(jnp.where(inside[:, None], rows, 0), axis)
+    return sum_ranks(jnp.where(inside[:, None], rows, 0), table.dtype)
 
 
 def take_rows(table: Array, index: Array) -> Array:
@@ -121,7 +162,13 @@ def take_rows(table: Array, index: Array) -> Array:
 
 
 def least_rows(platform: str, dtype: str) -> int:
-    """Rows below which a product is padded: XLA:CPU multiplies a single bfloat16 row ten times slower than two."""
+    """Rows below which a product is padded.
+
+    XLA:CPU multiplies a single bfloat16 row ten times slower than two. On an H200 a step of one row took 4.76 ms where
+    one of eight took 4.63 (8B shape), 3.3 and 1.5 (0.6B).
+    """
+    if platform == "gpu":
+        return 8
     return 2 if platform == "cpu" and dtype == "bfloat16" and library() is None else 1
 
 
@@ -201,10 +248,7 @@ def paged_attention(
         )  # fmt: skip
     if cache.shape[2:] != (2, kv_heads, work.page_tokens, size):
         raise ValueError(f"cache {cache.shape} does not hold pages of {work.page_tokens} tokens of k {k.shape}")
-    attend = cpu_attention.paged_attention if work.kernel == "cpu" else plain.paged_attention
-    if work.kernel == "gpu":
-        attend = partial(plain.paged_attention, kernels=(gpu_attention.attend_decode, gpu_attention.attend_tiles))
-    return attend(
+    return ATTENTION[work.kernel](
         q,
         k,
         v,

@@ -8,8 +8,6 @@ Letters: T tokens · S rows · N query heads · K KV heads · G = N / K · H hea
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -40,27 +38,15 @@ def paged_attention(
     scale: float,
     window: int | None,
     logit_cap: float | None,
-    kernels: tuple[Callable[..., Array], Callable[..., Array]] | None = None,
 ) -> tuple[Array, Array]:
-    """Arguments as dispatch.paged_attention and dispatch.Work have them. kernels: gpu_attention's two, for its part."""
+    """Arguments as dispatch.paged_attention and dispatch.Work have them."""
     del num_rows  # padding rows have num_new == 0
     cache = write(k, v, cache, layer_index, write_page, write_offset)
     tokens, heads, size = q.shape
-    narrow = q
     q = q.astype(jnp.float32).reshape(tokens, k.shape[1], -1, size) * scale  # [T, K, G, H]
     rows = Rows(page_table, query_starts, num_new, num_computed)
     limits = Limits(window, logit_cap)
     out = jnp.zeros(q.shape, jnp.float32)
-    if kernels is not None:
-        limited = {"scale": scale, "window": window, "logit_cap": logit_cap}
-        one = num_new == 1
-        mine, seen = jnp.where(one, query_starts, 0), jnp.where(one, num_computed + 1, 0)
-        found = kernels[0](narrow[mine], cache, layer_index, seen, page_table, **limited)
-        out = jnp.zeros(narrow.shape, jnp.float32).at[jnp.where(one, query_starts, tokens)].set(found, mode="drop")
-        if tokens > 1:
-            spans, tiles = (query_starts, num_new, num_computed), (tile_rows, tile_starts, num_tiles)
-            out = kernels[1](narrow, out, cache, layer_index, page_table, spans, tiles, **limited)
-        return out.astype(k.dtype), cache
     out = attend_decode(q, out, cache, layer_index, rows, limits, decode_order)
     if tokens > 1:
         tile = min(tokens, TILE_TOKENS)

@@ -23,6 +23,7 @@ from pallas_kernels import cpu_library
 SHAPING = {
     "dtype": "--dtype",
     "tensor_size": "--tensor-parallel-size",
+    "num_replicas": "--data-parallel-size",
     "kv_dtype": "--kv-cache-dtype",
     "max_slots": "--max-num-seqs",
     "max_model_len": "--max-model-len",

@@ -6,7 +6,7 @@ step can have), one sampling program a row count, and a handful of updates. Lett
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +21,8 @@ from backends.jax.batch import Packer, Shape, packed_size
 from backends.jax.cache import COPIES, cache_shapes, copy_pages
 from backends.jax.compile import Name, Program, Programs
 from backends.jax.forward import HEAD_ROWS, Spread, Traits, forward, make_decoder, split_forward
-from backends.jax.split import AXIS, Split, specs_of
+from backends.jax.replicas import spread, together
+from backends.jax.split import AXIS, DATA, Split, specs_of
 from backends.jax.stacks import stack_places
 from engine.runner import Progress, RunnerConfig
 from engine.specs.cache import CacheLayout
@@ -39,6 +40,10 @@ SAMPLED_IN_TURN = 16
 """The same behind a forward pass in one program, where libtpu gives each twice as many of those arrays."""
 
 
+SPLIT_TOKENS = 256
+"""Fewer tokens are summed whole: a decode step's collectives are short, and two take longer to begin than one."""
+
+
 @dataclass(slots=True)
 class DeviceState:
     """What programs hand on: each call takes these arrays and puts new ones in their place."""
@@ -46,6 +51,11 @@ class DeviceState:
     caches: list[jax.Array]
     rows: tables.Rows
     tables: tables.Tables
+
+
+def split_tokens(platform: str) -> int:
+    """From how many tokens on a step is split over ranks between products (Traits)."""
+    return SPLIT_TOKENS if platform == "tpu" else 0
 
 
 def score_rows(vocab_size: int) -> int:
@@ -74,7 +84,6 @@ class ProgramSet:
         self._params = params
         self._split = split
         self._compiled = Programs(split, load)
-        on_cpu = split.platform == "cpu"
         self._least = dispatch.least_rows(split.platform, config.dtype)
         self._traits = Traits(
             arch=config.arch,
@@ -83,8 +92,9 @@ class ProgramSet:
             max_model_len=config.max_model_len,
             kernels=tuple(dispatch.choose_kernel(split.platform, group.spec.head_size) for group in layout.groups),
             null_slot=config.max_slots,
-            block_rows=HEAD_ROWS if on_cpu else max(config.row_buckets) + HEAD_ROWS,
+            block_rows=self._block_rows(),
             ranks=split.size,
+            split_tokens=split_tokens(split.platform),
             stacks=stack_places(config.arch),
         )
         self._packers = {
@@ -121,6 +131,12 @@ class ProgramSet:
             rows = -(-rows // HEAD_ROWS) * HEAD_ROWS
         return Shape(tokens, rows, len(self.layout.groups))
 
+    def _block_rows(self) -> int:
+        """A GPU asks the host which way to go where a program branches: longer than padding's logits take."""
+        if self._split.platform == "gpu":
+            return 0
+        return HEAD_ROWS if self._split.platform == "cpu" else max(self._config.row_buckets) + HEAD_ROWS
+
     def packer(self, bucket: Bucket) -> Packer:
         return self._packers[bucket.tokens]
 
@@ -133,7 +149,7 @@ class ProgramSet:
 
     def fresh_state(self) -> DeviceState:
         """Empty pages and tables, made on the device: memory that was handed over from the host cannot be donated."""
-        program = self._fresh_program()
+        program = spread(self._fresh_program(), self._split)
         if program.name not in self._compiled:
             self._compiled.compile([program], lambda done: None)
         return DeviceState(*self._compiled[program.name]())
@@ -152,13 +168,14 @@ class ProgramSet:
 
     def programs(self) -> list[Program]:
         """All that a runner of this configuration may call."""
-        return [
+        programs = [
             self._fresh_program(),
             *self._forward_programs(),
             *self._sample_programs(),
             *self._turn_programs(),
             *self._update_programs(),
         ]
+        return [spread(program, self._split) for program in programs]
 
     def compile(self, progress: Progress) -> None:
         programs = [program for program in self.programs() if program.name not in self._compiled]
@@ -166,7 +183,8 @@ class ProgramSet:
         words = -(-self._config.arch.vocab_size // 32)
         for packer in self._packers.values():
             rows = packer.shape.rows
-            self._no_mask[rows] = jax.device_put(np.zeros((rows, words), np.uint32), self._split.sharding())
+            zeros = np.zeros((rows * self._split.replicas, words), np.uint32)
+            self._no_mask[rows] = jax.device_put(zeros, self._split.sharding(PartitionSpec(DATA)))
 
     def _forward_programs(self) -> list[Program]:
         rows, _ = self._table_shapes()
@@ -192,8 +210,9 @@ class ProgramSet:
     def _forward(self, shape: Shape, caches: list[jax.ShapeDtypeStruct]) -> Any:
         if self._split.size == 1:
             return partial(forward, traits=self._traits, shape=shape)
-        spread = Spread(self._split.mesh, specs_of(self._params), specs_of(caches))
-        return partial(split_forward, traits=self._traits, shape=shape, spread=spread)
+        mesh = self._split.mesh if self._split.replicas == 1 else None
+        lies = Spread(mesh, specs_of(self._params), specs_of(caches))
+        return partial(split_forward, traits=self._traits, shape=shape, spread=lies)
 
     def build(self, program: Program) -> Any:
         """Compiled, and not kept."""
@@ -258,8 +277,14 @@ class ProgramSet:
             programs[name] = Program(name, partial(turns.several_turns, loop=loop), args, donate=(1, 2, 3), outs=outs)
         return list(programs.values())
 
-    def _sampling(self, logits: jax.Array, *args: Any, **options: Any) -> Any:
-        return sample.sampling(logits[:, : self._config.arch.vocab_size], *args, **options)
+    def _sampling(
+        self, logits: jax.Array, rows: tables.Rows, sampler: tables.Tables, *args: Any, **options: Any
+    ) -> Any:
+        if self._split.size > 1:
+            # else XLA splits the tables as it splits the logits, and gathers all of them at the end of each step
+            place = self._split.sharding() if self._split.replicas == 1 else PartitionSpec()
+            sampler = jax.lax.with_sharding_constraint(sampler, place)
+        return sample.sampling(logits[:, : self._config.arch.vocab_size], rows, sampler, *args, **options)
 
     def _update_programs(self) -> list[Program]:
         rows, sampler = self._table_shapes()
@@ -326,36 +351,44 @@ class ProgramSet:
         return sampled, scores
 
     def sample(
-        self, state: DeviceState, logits: jax.Array, slots: I32, uses: sample.Use, mask: U32 | None
+        self, state: DeviceState, logits: jax.Array, rows: Sequence[tuple[I32, U32 | None]], uses: sample.Use
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """-> ids i32 [S] and scores of the sampling rows. mask: u32 [n, W] of the n sampling rows."""
-        size = logits.shape[0]
-        packed = np.full(2 + size, self._config.max_slots, np.int32)
-        packed[0], packed[1] = uses, len(slots)
-        packed[2 : 2 + len(slots)] = slots
+        """-> ids i32 [S] and scores of the sampling rows. rows: of each replica slots [n], and a mask u32 [n, W]."""
+        size = logits.shape[0] // len(rows)
+        packed = np.full((len(rows), 2 + size), self._config.max_slots, np.int32)
+        # equal on all replicas, so that their loops and conditions go the same way
+        packed[:, 0], packed[:, 1] = uses, max(len(slots) for slots, _ in rows)
+        for own, (slots, _) in zip(packed, rows, strict=True):
+            own[2 : 2 + len(slots)] = slots
         bits: Any = self._no_mask[size]
-        if mask is not None:
-            bits = np.zeros(bits.shape, np.uint32)
-            bits[: len(slots)] = mask
+        if any(mask is not None for _, mask in rows):
+            bits = np.full(bits.shape, 0xFFFFFFFF, np.uint32)
+            for replica, (slots, mask) in enumerate(rows):
+                if mask is not None:
+                    bits[replica * size : replica * size + len(slots)] = mask
         program = self._compiled["sample", size]
-        state.rows, state.tables, ids, scores = program(logits, state.rows, state.tables, packed, bits)
+        arrays = state.rows, state.tables, packed.reshape(-1), bits
+        state.rows, state.tables, ids, scores = program(logits, *arrays)
         return ids, scores
 
-    def score(self, hidden: jax.Array, tokens: int, token_idx: I32, targets: I32) -> list[Any]:
-        """Scores of prompt tokens, a chunk a call."""
+    def score(self, hidden: jax.Array, tokens: int, wanted: Sequence[tuple[I32, I32]]) -> list[Any]:
+        """Scores of prompt tokens, a chunk of each replica a call. wanted: of each token indexes and targets, [M]."""
         chunk = score_rows(self._config.arch.vocab_size)
         take, score = self._compiled["take", tokens], self._compiled[("score",)]
         pieces = []
-        for start in range(0, len(targets), chunk):
-            index, wanted = np.zeros(chunk, np.int32), np.zeros(chunk, np.int32)
-            piece = token_idx[start : start + chunk]
-            index[: len(piece)] = piece
-            wanted[: len(piece)] = np.clip(targets[start : start + chunk], 0, self._config.arch.vocab_size - 1)
-            pieces.append(score(self._params, take(hidden, index), wanted))
+        for start in range(0, max(len(index) for index, _ in wanted), chunk):
+            index, targets = ([padded(each[at][start : start + chunk], chunk) for each in wanted] for at in (0, 1))
+            clipped = np.clip(together(targets), 0, self._config.arch.vocab_size - 1)
+            pieces.append(score(self._params, take(hidden, together(index)), clipped))
         return pieces
 
     def temp_bytes(self, name: Name) -> int:
         return self._compiled.temp_bytes(name)
+
+
+def padded(values: I32, size: int) -> I32:
+    """With zeros behind."""
+    return np.concatenate([values, np.zeros(size - len(values), np.int32)])
 
 
 def set_group_pages(group: int, rows: tables.Rows, parts: jax.Array) -> tables.Rows:

@@ -52,6 +52,8 @@ def device_info(chip: Chip) -> DeviceInfo:
             ),
             page_tokens=128,
             default_dtype="bfloat16",
+            quantization=QUANTIZATION,
+            weight_forms=("fp8", "int8"),
         )
     return DeviceInfo(
         kind="gpu",

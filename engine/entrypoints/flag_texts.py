@@ -39,7 +39,7 @@ HELP: dict[str, str] = {
     # parallel
     "tensor_parallel_size": "Devices that share every layer.",
     "pipeline_parallel_size": "Devices in a row, each with some layers.",
-    "data_parallel_size": "Copies of the model.",
+    "data_parallel_size": "Copies of the model, each on devices of its own.",
     # engine
     "backend": "Framework that runs the model; auto: TPU -> jax, NVIDIA GPU with torch -> torch, else jax.",
     "device": "Kind of device; xla: the torch backend through torch-xla, on what PJRT_DEVICE names.",

@@ -231,15 +231,17 @@ class Scheduler:
             self.state.kv.release_sources(flight.held)
         return flight
 
-    def fail(self, plan: StepPlan, error: StepFailed) -> None:
+    def fail(self, plan: StepPlan | None, error: StepFailed) -> None:
         """The oldest step failed: its culprits end, everybody else in it and in later steps is computed again.
+
+        None: a step failed in which this scheduler had no plan (another replica's).
 
         Without named rows a request survives one such step; with the second it ends, so that the engine cannot fail
         for ever. Steps in flight meanwhile read what this one should have written: their rows start again too.
         """
         state = self.state
-        tainted = [self._collect(plan), *self.in_flight]
-        culprits = self._live_slots(plan, error.rows)
+        tainted = [*([] if plan is None else [self._collect(plan)]), *self.in_flight]
+        culprits = [] if plan is None else self._live_slots(plan, error.rows)
         if error.cache_lost:
             state.prefix.forget()
             restarted = state.running.slots.tolist()

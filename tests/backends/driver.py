@@ -10,6 +10,7 @@ import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -178,6 +179,7 @@ class Driver:
         seed: int = 0,
         groups: tuple[GroupSpec, ...] | None = None,
         warm: bool = True,
+        checkpoint: Path | None = None,
         **config: Any,
     ) -> None:
         self.runner, self.arch = runner, llama() if arch is None else arch
@@ -204,7 +206,7 @@ class Driver:
         page = self.config.page_tokens[0]
         self.layout = replace(layout(groups, 64, page, self.config.tensor_size), kv_dtype=self.config.kv_dtype)
         runner.configure(self.config, Placement())
-        runner.load(None)
+        runner.load(checkpoint)
         self.budget_bytes = runner.cache_budget_bytes()
         runner.allocate_cache(self.layout)
         if warm:

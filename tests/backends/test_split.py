@@ -20,7 +20,9 @@ from tests.backends.driver import llama
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize(("layers", "sizes"), [("unrolled", "1 2 4 8"), ("scanned", "1 8")])
+@pytest.mark.parametrize(
+    ("layers", "sizes"), [("unrolled", "1 2 4 8"), ("scanned", "1 8"), ("tokens", "1 2 8"), ("orbax", "1 2 4 8")]
+)
 def test_the_same_over_many_devices(layers: str, sizes: str) -> None:
     """8 devices hold 4 KV heads twice, and the last of them fewer ids than the others."""
     told = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}

@@ -9,10 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.buckets import StepCost, candidates, choose_buckets, most_turns, slowdown, step_cost
+from engine.buckets import (
+    TOKEN_BUCKETS,
+    StepCost,
+    candidates,
+    choose_buckets,
+    most_turns,
+    powers_to,
+    slowdown,
+    step_cost,
+)
 from engine.capacity.parts import device_info
 from engine.config import EngineConfig, ScheduleConfig
-from engine.resolve import TOKEN_BUCKETS, powers_to, resolve
+from engine.resolve import resolve
 from engine.specs.arch import ArchSpec
 from engine.specs.chips import CHIPS, Chip, chip_of
 from tests.engine.test_resolve import arch

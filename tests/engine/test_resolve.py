@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from engine.buckets import powers_to
 from engine.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, ScheduleConfig
 from engine.errors import ConfigError
-from engine.resolve import GIB, kv_bytes_of, plan_cache, powers_to, resolve
+from engine.resolve import GIB, kv_bytes_of, plan_cache, resolve
 from engine.runner import Capability, DeviceInfo
 from engine.specs.arch import ArchSpec, Attention, GatedFfn, LayerSpec, Norms, RopeSpec
 
