@@ -14,8 +14,9 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
+from engine.runner import DeviceInfo
 from engine.specs.arch import ArchSpec
-from engine.specs.chips import Chip
+from engine.specs.chips import chip_of, chips_of_kind
 from engine.specs.parallel import shard_shape
 from engine.specs.weights import param_table
 
@@ -23,6 +24,8 @@ LOGIT_BYTES = 35 * 4
 """A float32 logit is passed 3 times by a greedy step, 67 by one with a top-p (32 halvings over two arrays): between."""
 GRAINS = ((8, 64), (16, 256), (64, 1024), (128, 4096), (512, 1 << 20))
 """(multiples, up to): what may be a bucket, besides powers of two."""
+HOST = (2e10, 2e11)  # bytes and operations a second of a CPU, roughly
+TOKEN_BUCKETS = 10  # where a program takes long to compile
 F64 = npt.NDArray[np.float64]
 
 
@@ -43,9 +46,9 @@ class StepCost:
         return np.asarray(np.maximum(self.weights_s, products) + rows * self.logits_s)
 
 
-def step_cost(arch: ArchSpec, item: int, ranks: int, chip: Chip, max_rows: int) -> StepCost:
-    """item: bytes of a plain weight's number."""
-    peak, vocab = chip.flops["bfloat16"], -(-arch.vocab_size // ranks)
+def step_cost(arch: ArchSpec, item: int, ranks: int, speed: tuple[float, float], max_rows: int) -> StepCost:
+    """item: bytes of a plain weight's number. speed: bytes and operations a second of one device."""
+    (bandwidth, peak), vocab = speed, -(-arch.vocab_size // ranks)
     head = "embed" if arch.tied_embeddings else "head"
     stored = sum(prod(shard_shape(param, ranks, 0)) * BYTES.get(param.dtype or "", item) for param in param_table(arch))
     if not arch.tied_embeddings:
@@ -56,10 +59,10 @@ def step_cost(arch: ArchSpec, item: int, ranks: int, chip: Chip, max_rows: int) 
         if len(param.shape) == 2 and param.name not in ("embed", head)
     )
     return StepCost(
-        weights_s=stored / chip.bandwidth,
+        weights_s=stored / bandwidth,
         token_s=2 * numbers / peak,
         head_s=2 * vocab * arch.hidden_size / peak,
-        logits_s=LOGIT_BYTES * vocab / chip.bandwidth,
+        logits_s=LOGIT_BYTES * vocab / bandwidth,
         max_rows=max_rows,
     )
 
@@ -128,3 +131,45 @@ def choose_buckets(cost: StepCost, required: tuple[int, ...], most: int) -> tupl
 def most_turns(cost: StepCost, most: int, limit_s: float) -> int:
     """As many decode turns as take at most `limit_s` together where one row decodes, one to `most`."""
     return max(1, min(most, int(limit_s / float(cost.seconds(1)))))
+
+
+def resolve_cost(arch: ArchSpec, item: int, ranks: int, device: DeviceInfo, seqs: int) -> StepCost | None:
+    """What a step takes: of a TPU by its data sheet, of one that nobody knows by the slowest; of a CPU roughly.
+
+    item: bytes of a plain weight's number.
+    """
+    if device.kind == "cpu":
+        return step_cost(arch, item, ranks, HOST, seqs)
+    if device.kind != "tpu":
+        return None
+    chip = chip_of(device.name) or min(chips_of_kind("tpu"), key=lambda chip: chip.bandwidth)
+    return step_cost(arch, item, ranks, (chip.bandwidth, chip.flops["bfloat16"]), seqs)
+
+
+def resolve_buckets(
+    device: DeviceInfo, seqs: int, batched: int, cost: StepCost | None = None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(row buckets, token buckets), ascending; empty where the device takes any shape."""
+    if device.bucket_style == "exact":
+        return (), ()
+    if cost is not None and device.kind == "tpu":
+        powers = {*powers_to(1, seqs), *powers_to(64, batched)}
+        tokens = choose_buckets(cost, tuple(sorted({seqs, batched})), min(TOKEN_BUCKETS, len(powers)))
+        return tuple(size for size in tokens if size <= seqs), tokens
+    # decode steps have one token a row; beyond that, prefill chunks
+    if device.kind == "cpu":  # a program costs a second or two to compile, a few padded rows next to nothing
+        rows = tuple(n for n in powers_to(1, seqs) if n != 2 or seqs == 2)
+        chunks = powers_to(128, batched, 4)
+    else:
+        rows = powers_to(1, seqs)
+        chunks = powers_to(64, batched)
+    return rows, tuple(sorted({*rows, *chunks}))
+
+
+def powers_to(first: int, last: int, factor: int = 2) -> tuple[int, ...]:
+    """first, factor * first, ... and `last` itself."""
+    values = []
+    while first < last:
+        values.append(first)
+        first *= factor
+    return (*values, last)

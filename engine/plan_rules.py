@@ -24,7 +24,7 @@ def check_plan(plan: StepPlan, config: RunnerConfig) -> None:
         check(not used, f"{step}: {name} was not announced")
     check(1 <= plan.num_steps <= config.max_num_steps, f"{step}: {plan.num_steps} turns of {config.max_num_steps}")
     if plan.num_steps > 1:
-        check_turns(plan)
+        check_turns(plan, config)
     check(int(plan.num_new.sum()) == plan.num_tokens, f"{step}: num_new does not sum to {plan.num_tokens} tokens")
     check(plan.positions.shape == (1, plan.num_tokens), f"{step}: positions {plan.positions.shape}; expected one axis")
     check(not plan.num_rows or int(plan.num_logits.max()) <= 1, f"{step}: several logits a row, without drafts")
@@ -42,10 +42,11 @@ def check_plan(plan: StepPlan, config: RunnerConfig) -> None:
         check(longest <= config.max_model_len, f"{step}: a row of {longest}, the limit is {config.max_model_len}")
 
 
-def check_turns(plan: StepPlan) -> None:
+def check_turns(plan: StepPlan, config: RunnerConfig) -> None:
     """Several turns are those of decode steps."""
     step = f"step {plan.step_id}"
     check(bool((plan.num_new == 1).all() and (plan.num_logits == 1).all()), f"{step}: several turns of other rows")
+    check(plan.num_rows <= config.max_turn_rows, f"{step}: several turns of {plan.num_rows} rows")
     check(not plan.late_mask and plan.prompt_logprobs is None, f"{step}: several turns with a mask or prompt logprobs")
 
 

@@ -10,13 +10,12 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from engine.buckets import StepCost, choose_buckets, most_turns, step_cost
+from engine.buckets import StepCost, most_turns, resolve_buckets, resolve_cost
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.runner import Capability, DeviceInfo, RunnerConfig, SamplerLimits
 from engine.specs.arch import ArchSpec
 from engine.specs.cache import CacheLayout, GroupKind, GroupLayout, GroupSpec, PoolLayout, cache_groups
-from engine.specs.chips import chip_of, chips_of_kind
 from engine.specs.families.quantization import at_load
 from engine.specs.parallel import check_parallel
 from engine.specs.quant import Rules
@@ -28,7 +27,7 @@ AUTO = -1  # of --max-model-len
 MOST_INVARIANT_LOGPROBS = 64  # what the kernel of raw logprobs ranks
 
 TURNS, TURNS_S, MOST_TURNS = 8, 0.02, 64  # of --num-scheduler-steps: at most so many of themselves, in so long
-TOKEN_BUCKETS = 10  # where a program takes long to compile
+HOST_TURN_ROWS = 4  # of such a step on a CPU: few rows, few programs
 
 GIB = 1 << 30
 FLASHINFER_HEAD_SIZES, FLASHINFER_DTYPES = (64, 128, 256), ("bfloat16", "float16")
@@ -65,7 +64,9 @@ def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolve
     groups, ranks = cache_groups(arch), config.parallel.tensor_parallel_size
     check_tensor(ranks, arch, device)
     check_replicas(config.parallel.data_parallel_size, ranks, device)
-    cost = resolve_cost(arch, dtype, ranks, device, seqs)
+    cost = resolve_cost(arch, DTYPE_BYTES[dtype], ranks, device, seqs)
+    replicas = config.parallel.data_parallel_size
+    turns, turn_rows = resolve_turns(config.schedule.num_scheduler_steps, replicas, device, cost, seqs)
     row_buckets, token_buckets = resolve_buckets(device, seqs, batched, cost)
     runner = RunnerConfig(
         arch=arch,
@@ -78,9 +79,8 @@ def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolve
         row_buckets=row_buckets,
         max_batched_tokens=batched,
         max_in_flight=min(device.max_in_flight, 2) if config.schedule.async_scheduling else 1,
-        max_num_steps=resolve_turns(
-            config.schedule.num_scheduler_steps, config.parallel.data_parallel_size, device, cost
-        ),
+        max_num_steps=turns,
+        max_turn_rows=turn_rows,
         sampler_limits=SamplerLimits(max_logprobs=min(config.model.max_logprobs, arch.vocab_size)),
         load_format=config.model.load_format,
         seed=config.model.seed,
@@ -296,19 +296,15 @@ def resolve_batch(config: EngineConfig, device: DeviceInfo, max_model_len: int) 
     return seqs, tokens
 
 
-def resolve_cost(arch: ArchSpec, dtype: str, ranks: int, device: DeviceInfo, seqs: int) -> StepCost | None:
-    """What a step takes of a TPU, by the data sheet of its chip (of the slowest, where it is not known)."""
-    if device.kind != "tpu":
-        return None
-    chip = chip_of(device.name) or min(chips_of_kind("tpu"), key=lambda chip: chip.bandwidth)
-    return step_cost(arch, DTYPE_BYTES[dtype], ranks, chip, seqs)
-
-
-def resolve_turns(given: int | None, replicas: int, device: DeviceInfo, cost: StepCost | None) -> int:
-    """Most decode turns of a step; 1 where the runner takes one, and without a cost: docs/performance.md says why."""
+def resolve_turns(
+    given: int | None, replicas: int, device: DeviceInfo, cost: StepCost | None, seqs: int
+) -> tuple[int, int]:
+    """(most decode turns of a step, most rows of such a step): docs/performance.md has the measurements."""
     able = Capability.MULTI_STEP in device.capabilities and replicas == 1
     if given is None:
-        return most_turns(cost, TURNS, TURNS_S) if able and cost is not None else 1
+        if not able or cost is None:
+            return 1, seqs
+        return most_turns(cost, TURNS, TURNS_S), min(seqs, HOST_TURN_ROWS) if device.kind == "cpu" else seqs
     if not 1 <= given <= MOST_TURNS:
         raise ConfigError(f"--num-scheduler-steps: {given} is not accepted; expected 1 .. {MOST_TURNS}")
     if given > 1 and replicas > 1:
@@ -319,7 +315,7 @@ def resolve_turns(given: int | None, replicas: int, device: DeviceInfo, cost: St
         raise ConfigError(
             f"--num-scheduler-steps: {given} is not supported by this backend on {device.name}; use --backend jax, or 1"
         )
-    return given
+    return given, seqs
 
 
 def resolve_page(block_size: int | None, device: DeviceInfo) -> int:
@@ -328,35 +324,6 @@ def resolve_page(block_size: int | None, device: DeviceInfo) -> int:
     if page < UNIT_TOKENS or page % UNIT_TOKENS:
         raise ConfigError(f"--block-size: {page} is not accepted; expected a multiple of {UNIT_TOKENS}")
     return page
-
-
-def resolve_buckets(
-    device: DeviceInfo, seqs: int, batched: int, cost: StepCost | None = None
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(row buckets, token buckets), ascending; empty where the device takes any shape."""
-    if device.bucket_style == "exact":
-        return (), ()
-    if cost is not None:
-        powers = {*powers_to(1, seqs), *powers_to(64, batched)}
-        tokens = choose_buckets(cost, tuple(sorted({seqs, batched})), min(TOKEN_BUCKETS, len(powers)))
-        return tuple(size for size in tokens if size <= seqs), tokens
-    # decode steps have one token a row; beyond that, prefill chunks
-    if device.kind == "cpu":  # a program costs a second or two to compile, a few padded rows next to nothing
-        rows = tuple(n for n in powers_to(1, seqs) if n != 2 or seqs == 2)
-        chunks = powers_to(128, batched, 4)
-    else:
-        rows = powers_to(1, seqs)
-        chunks = powers_to(64, batched)
-    return rows, tuple(sorted({*rows, *chunks}))
-
-
-def powers_to(first: int, last: int, factor: int = 2) -> tuple[int, ...]:
-    """first, factor * first, ... and `last` itself."""
-    values = []
-    while first < last:
-        values.append(first)
-        first *= factor
-    return (*values, last)
 
 
 def plan_cache(

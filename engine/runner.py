@@ -101,6 +101,7 @@ class RunnerConfig:
     tensor_size: int = 1  # devices of this process that share every layer
     max_in_flight: int = 2
     max_num_steps: int = 1  # most decode turns of a step, see StepPlan.num_steps
+    max_turn_rows: int = 1 << 20  # most rows of a step of several turns
     sampler_limits: SamplerLimits = field(default_factory=SamplerLimits)
     load_format: str = "auto"  # "auto" | "safetensors" | "orbax" | "dummy"
     seed: int = 0  # of dummy weights

@@ -31,6 +31,7 @@ SHAPING = {
     "token_buckets": "--max-num-batched-tokens",
     "row_buckets": "row buckets",
     "max_num_steps": "--num-scheduler-steps",
+    "max_turn_rows": "rows of several turns",
     "sampler_limits": "--max-logprobs",
 }
 """Fields of RunnerConfig that programs depend on, besides arch, and what the key calls them: the flag behind each."""

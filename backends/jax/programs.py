@@ -36,6 +36,8 @@ SCORE_BYTES = 64 << 20
 
 SAMPLED = 64
 """Most rows that are sampled together on an accelerator: each takes a few arrays as wide as the vocabulary."""
+SAMPLED_IN_TURN = 16
+"""The same behind a forward pass in one program, where libtpu gives each twice as many of those arrays."""
 
 
 SPLIT_TOKENS = 256
@@ -61,9 +63,9 @@ def score_rows(vocab_size: int) -> int:
     return int(np.clip(SCORE_BYTES // (12 * vocab_size), 8, 64))
 
 
-def sampled_together(rows: int) -> int:
-    """The largest part of `rows` up to SAMPLED that divides them."""
-    return max(part for part in range(1, min(rows, SAMPLED) + 1) if rows % part == 0)
+def sampled_together(rows: int, most: int) -> int:
+    """The largest part of `rows` up to `most` that divides them."""
+    return max(part for part in range(1, min(rows, most) + 1) if rows % part == 0)
 
 
 class ProgramSet:
@@ -239,13 +241,13 @@ class ProgramSet:
                 jax.ShapeDtypeStruct((size, -(-vocab // 32)), np.uint32),
             )
             num_top = self._config.sampler_limits.max_logprobs
-            function = partial(self._sampling, block=self._block(size), num_top=num_top)
+            function = partial(self._sampling, block=self._block(size, SAMPLED), num_top=num_top)
             programs.append(Program(("sample", size), function, args, donate=(1, 2)))
         return programs
 
-    def _block(self, rows: int) -> int:
-        """Rows sampled together."""
-        return HEAD_ROWS if self._split.platform == "cpu" else sampled_together(rows)
+    def _block(self, rows: int, most: int) -> int:
+        """Rows sampled together, on an accelerator at most so many."""
+        return HEAD_ROWS if self._split.platform == "cpu" else sampled_together(rows, most)
 
     def _turn_programs(self) -> list[Program]:
         """Several turns of decode steps, a program a bucket that such a step can have."""
@@ -255,7 +257,8 @@ class ProgramSet:
         rows, sampler = self._table_shapes()
         caches = cache_shapes(self.layout, self._split)
         outs = ([cache.sharding for cache in caches], whole, whole, whole, whole)
-        largest = min(tokens for tokens in self._packers if tokens >= max(config.row_buckets))
+        most_rows = min(config.max_turn_rows, max(config.row_buckets))
+        largest = min(tokens for tokens in self._packers if tokens >= most_rows)
         programs = {}
         for shape in (packer.shape for tokens, packer in self._packers.items() if tokens <= largest):
             loop = turns.Loop(
@@ -264,7 +267,7 @@ class ProgramSet:
                 most=config.max_num_steps,
                 null_slot=config.max_slots,
                 vocab_size=config.arch.vocab_size,
-                block=self._block(shape.rows),
+                block=self._block(shape.rows, SAMPLED_IN_TURN),
                 num_top=config.sampler_limits.max_logprobs,
             )
             packed = jax.ShapeDtypeStruct((packed_size(shape),), np.int32)

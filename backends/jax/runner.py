@@ -267,7 +267,9 @@ class Runner:
             uses = Use(int(np.bitwise_or.reduce(self._uses[replica, slots], initial=0)))
         if plan.num_logprobs >= 0:
             uses |= Use.LOGPROBS
-        greedy = plan.sampler is Sampler.GREEDY and not plan.late_mask and plan.num_logprobs < 0
+        # a step of several turns has the sampler in its program
+        single = plan.num_steps == 1
+        greedy = single and plan.sampler is Sampler.GREEDY and not plan.late_mask and plan.num_logprobs < 0
         packer = programs.packer(plan.bucket)
         riding = []
         for group in range(len(programs.layout.groups)):

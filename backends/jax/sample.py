@@ -235,17 +235,6 @@ def sampling(
     """The sampling program: -> (rows, tables, ids i32 [S], raw log-probabilities as `score` gives them).
 
     logits: f32 [S, V]; packed: i32 [2 + S] Use bits, number of sampling rows, their slots; mask: u32 [S, W].
-    """
-    slots = packed[2:]
-    ids, scores = choose(logits, rows, tables, packed, mask, block=block, num_top=num_top)
-    return advance(rows, slots, ids), remember(tables, slots, ids), ids, scores
-
-
-def choose(
-    logits: Array, rows: Rows, tables: Tables, packed: Array, mask: Array, *, block: int, num_top: int
-) -> tuple[Array, tuple[Array, Array, Array, Array]]:
-    """The ids and scores of `sampling`; nothing is advanced.
-
     Rows are taken `block` at a time, so that padding costs no more than a block.
     """
     uses, num_logits, slots = packed[0], packed[1], packed[2:]
@@ -276,7 +265,8 @@ def choose(
         raise ValueError(f"{size} rows are not whole blocks of {block}")
     empty = (jnp.zeros(size, jnp.int32), empty_scores(size, num_top))
     blocks = (num_logits + block - 1) // block
-    return run(jnp.int32(0)) if size == block else lax.fori_loop(0, blocks, step, empty)
+    ids, scores = run(jnp.int32(0)) if size == block else lax.fori_loop(0, blocks, step, empty)
+    return advance(rows, slots, ids), remember(tables, slots, ids), ids, scores
 
 
 def empty_scores(rows: int, num_top: int) -> tuple[Array, Array, Array, Array]:

@@ -17,7 +17,7 @@ from jax import Array, lax
 
 from backends.jax import sample
 from backends.jax.batch import Shape, places_of, unpack
-from backends.jax.tables import Rows, Tables, advance, has_ended, remember
+from backends.jax.tables import Rows, Tables, has_ended
 from engine.step import LAST_TOKEN
 
 CONTROLS = 2
@@ -96,17 +96,11 @@ def one_turn(params: dict[str, Any], now: Carry, uses: Array, loop: Loop) -> Car
     step = unpack(packed, loop.shape)
     slots, size = step["slots"], loop.shape.rows
     caches, rows, logits, _, flags = loop.forward(params, now.caches, now.rows, packed)
-    greedy = step["greedy"] != 0  # then the forward program has sampled
     mask = jnp.zeros((size, -(-loop.vocab_size // 32)), jnp.uint32)  # late masks come with steps of one turn
     asked = jnp.concatenate([jnp.stack([uses, step["num_logits"]]), slots])
-    options = {"block": loop.block, "num_top": loop.num_top}
-    tokens, scores = lax.cond(
-        greedy,
-        lambda: (flags[0], sample.empty_scores(size, loop.num_top)),
-        lambda: sample.choose(logits[:, : loop.vocab_size], rows, now.tables, asked, mask, **options),
+    rows, tables, tokens, scores = sample.sampling(
+        logits[:, : loop.vocab_size], rows, now.tables, asked, mask, block=loop.block, num_top=loop.num_top
     )
-    sampled = jnp.where(greedy, loop.null_slot, slots)
-    rows, tables = advance(rows, sampled, tokens), remember(now.tables, sampled, tokens)
     ends = jnp.stack([now.ends[:, 0] + 1, now.ends[:, 1] | flags[1], now.ends[:, 2] | flags[2]], axis=1)
     live = now.live & ~has_ended(rows, tables, slots, tokens)
     return Carry(

@@ -147,6 +147,7 @@ def scheduler_config(config: EngineConfig, resolved: Resolved, max_model_len: in
         enable_prefix_caching=config.cache.enable_prefix_caching,
         max_in_flight=resolved.runner.max_in_flight,
         max_num_steps=resolved.runner.max_num_steps,
+        max_turn_rows=resolved.runner.max_turn_rows,
         vocab_size=resolved.runner.arch.vocab_size,
         max_logprobs=resolved.runner.sampler_limits.max_logprobs,
     )

@@ -18,7 +18,7 @@ class SchedulerConfig:
         for ever behind later arrivals of a higher class (S-5).
     max_preemptions: a request preempted this often reserves all the pages it may need before it runs again.
     max_prefix_skips: most waiting requests that one step passes by because their next unit is being computed.
-    max_num_steps: most decode turns that a step takes on the device when nothing waits.
+    max_num_steps: most decode turns that a step takes on the device when nothing waits. max_turn_rows: most rows of it.
     max_prompt_logprob_tokens: most prompt positions scored in one step: bounds the logits workspace.
     """
 
@@ -32,6 +32,7 @@ class SchedulerConfig:
     enable_prefix_caching: bool = True
     max_in_flight: int = 2
     max_num_steps: int = 1
+    max_turn_rows: int = 1 << 20
     vocab_size: int
     max_logprobs: int = 20
     max_prompt_logprob_tokens: int = 1024

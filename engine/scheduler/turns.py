@@ -42,7 +42,8 @@ class Turns:
 
     def _choose(self, rows: ChosenRows) -> int:
         state = self._state
-        if len(state.waiting) or not len(rows.slots) or rows.num_steady < len(rows.slots):
+        count = len(rows.slots)
+        if len(state.waiting) or not 0 < count <= state.config.max_turn_rows or rows.num_steady < count:
             self._next = 1
             return 1
         chosen, self._next = self._next, min(2 * self._next, self._most)

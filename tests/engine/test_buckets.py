@@ -9,10 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.buckets import StepCost, candidates, choose_buckets, most_turns, slowdown, step_cost
+from engine.buckets import (
+    TOKEN_BUCKETS,
+    StepCost,
+    candidates,
+    choose_buckets,
+    most_turns,
+    powers_to,
+    slowdown,
+    step_cost,
+)
 from engine.capacity.parts import device_info
 from engine.config import EngineConfig, ScheduleConfig
-from engine.resolve import TOKEN_BUCKETS, powers_to, resolve
+from engine.resolve import resolve
 from engine.specs.arch import ArchSpec
 from engine.specs.chips import CHIPS, Chip, chip_of
 from tests.engine.test_resolve import arch
@@ -81,7 +90,7 @@ def test_slowdown_by_hand() -> None:
 def test_the_costs_of_a_chip(chip: Chip) -> None:
     """A step of few tokens costs what reading the weights costs, one of many what the products cost."""
     model = wide(arch())
-    cost = step_cost(model, 2, 1, chip, 8)
+    cost = step_cost(model, 2, 1, (chip.bandwidth, chip.flops["bfloat16"]), 8)
     numbers = cost.token_s * chip.flops["bfloat16"] / 2
     vocab = model.vocab_size * model.hidden_size
     norms = cost.weights_s * chip.bandwidth / 2 - numbers - vocab
@@ -97,7 +106,7 @@ def test_what_a_tpu_resolves_to(chip: Chip) -> None:
     """Fewer programs than powers of two, at a smaller cost by the model; a name that nobody knows changes little."""
     model, device = wide(arch()), device_info(chip)
     runner = resolve(EngineConfig(), model, device).runner
-    cost = step_cost(model, 2, 1, chip, runner.max_slots)
+    cost = step_cost(model, 2, 1, (chip.bandwidth, chip.flops["bfloat16"]), runner.max_slots)
     plain = powers(runner.max_slots, runner.max_batched_tokens)
     assert len(runner.token_buckets) <= TOKEN_BUCKETS < len(plain)
     assert slowdown(cost, runner.token_buckets) < slowdown(cost, plain)

@@ -129,6 +129,7 @@ def make_runner(sizes: Sizes, config: SchedulerConfig, layout: CacheLayout, **op
             row_buckets=config.row_buckets,
             max_in_flight=config.max_in_flight,
             max_num_steps=config.max_num_steps,
+            max_turn_rows=config.max_turn_rows,
             num_replicas=sizes.num_replicas,
             sampler_limits=SamplerLimits(max_logprobs=config.max_logprobs),
         ),
