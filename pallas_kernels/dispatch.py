@@ -143,6 +143,13 @@ def least_rows(platform: str, dtype: str) -> int:
     return 2 if platform == "cpu" and dtype == "bfloat16" and library() is None else 1
 
 
+def kernel_for(platform: str, head_size: int, kv_dtype: str) -> str:
+    """The attention kernel for a cache: pages of fp8 are a TPU's, and plain XLA's."""
+    if kv_dtype == "fp8_e4m3" and platform != "tpu":
+        return "plain"
+    return choose_kernel(platform, head_size)
+
+
 def choose_kernel(platform: str, head_size: int) -> str:
     """platform: "cpu" | "gpu" | "tpu"."""
     if platform == "tpu":
@@ -182,9 +189,9 @@ def cache_heads_axis(kernel: str) -> int:
 
 
 def cache_dtype(kv_dtype: str, platform: str) -> jnp.dtype:
-    """How the cache is stored: on the CPU bfloat16 lies as uint16 bits, XLA would widen the whole cache otherwise."""
+    """How the cache is stored: on the CPU narrow numbers lie as bits, XLA would widen the whole cache otherwise."""
     if kv_dtype == "fp8_e4m3":
-        return jnp.dtype(jnp.float8_e4m3fn)
+        return jnp.dtype("uint8" if platform == "cpu" else "float8_e4m3fn")
     return jnp.dtype("uint16" if kv_dtype == "bfloat16" and platform == "cpu" else kv_dtype)
 
 

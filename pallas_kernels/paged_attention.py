@@ -14,6 +14,7 @@ from jax import Array, lax
 DECODE_GROUP = 8  # rows attended together: they cost as much as the longest of them
 BLOCK_TOKENS = 256  # keys of a prefill block
 TILE_TOKENS = 128
+E4M3_MAX = 448.0
 MASKED = -1e30  # finite, so that a tile of masked keys alone gives no NaN
 
 
@@ -93,6 +94,9 @@ def write(k: Array, v: Array, cache: Array, layer_index: int | Array, page: Arra
     both = jnp.where(jnp.isfinite(both), both, 0)  # a masked key has weight 0, and 0 * NaN would reach other rows
     if cache.dtype == jnp.uint16:
         both = lax.bitcast_convert_type(both.astype(jnp.bfloat16), jnp.uint16)
+    elif cache.dtype in (jnp.uint8, jnp.float8_e4m3fn):
+        both = jnp.clip(both, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)  # beyond is NaN
+        both = lax.bitcast_convert_type(both, cache.dtype)
     both = both.astype(cache.dtype)
     return lax.platform_dependent(cache, both, layer_index, page, offset, cpu=put_each, default=put_all)
 
@@ -119,6 +123,8 @@ def read(cache: Array, layer_index: int, pages: Array) -> tuple[Array, Array]:
     block = cache.at[layer_index, pages].get(mode="promise_in_bounds")
     if block.dtype == jnp.uint16:
         block = lax.bitcast_convert_type(block, jnp.bfloat16)
+    if block.dtype == jnp.uint8:
+        block = lax.bitcast_convert_type(block, jnp.float8_e4m3fn)
     block = block.astype(jnp.float32)
     return block[:, 0], block[:, 1]
 

@@ -83,6 +83,7 @@ def describe(target: Target) -> DeviceInfo:
         page_tokens=PAGE_TOKENS.get(device.platform, 64),
         default_dtype="float32" if device.platform == "cpu" else "bfloat16",
         supported_dtypes=("float32", "bfloat16"),
+        kv_dtypes=("fp8_e4m3",) if device.platform in ("cpu", "tpu") else (),
         quantization=QUANTIZATION,
         weight_forms=("fp8", "int8") if device.platform == "tpu" else FORMS,
         bucket_style="pow2",

@@ -90,7 +90,9 @@ class ProgramSet:
             part=rank_arch(config.arch, split.size),
             layout=layout,
             max_model_len=config.max_model_len,
-            kernels=tuple(dispatch.choose_kernel(split.platform, group.spec.head_size) for group in layout.groups),
+            kernels=tuple(
+                dispatch.kernel_for(split.platform, group.spec.head_size, layout.kv_dtype) for group in layout.groups
+            ),
             null_slot=config.max_slots,
             block_rows=self._block_rows(),
             ranks=split.size,

@@ -52,6 +52,7 @@ def device_info(chip: Chip) -> DeviceInfo:
             ),
             page_tokens=128,
             default_dtype="bfloat16",
+            kv_dtypes=("fp8_e4m3",),
             quantization=QUANTIZATION,
             weight_forms=("fp8", "int8"),
         )
