@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.tpu_attention import cache_shape, int8_pages
 from pallas_kernels.tpu_decode import Blocks, decode_attention
 from pallas_kernels.tpu_matmul import Block, matmul, matmul_w4a16, matmul_w8a8
 from pallas_kernels.tpu_pages import copy_pages, gather_pages, scatter_pages
@@ -55,27 +56,53 @@ def jobs(attention: dict[str, dict[str, Any]]) -> Iterator[Job]:
     yield "matmul_w4a16", partial(matmul_w4a16, block=whole, name="matmul_w4a16"), four, ()
 
 
-def decode(name: str, kv_heads: int = 8, group: int = 4, size: int = 128, sinks: bool = False, **limits: Any) -> Job:
+def pages(form: str, tokens: int, kv_heads: int, size: int) -> tuple[jax.ShapeDtypeStruct, Any, Any]:
+    """(new keys or values, a cache of the form, new scales)."""
+    held = {"bf16": jnp.bfloat16, "fp8": jnp.float8_e4m3fn, "int8": jnp.int8}[form]
+    new = jax.ShapeDtypeStruct((tokens, kv_heads * size), held)
+    if form == "int8":
+        return new, int8_pages(2, 1024, 128, kv_heads, size), halves(tokens, 2 * kv_heads)
+    return new, jax.ShapeDtypeStruct(cache_shape(2, 1024, 128, kv_heads, size), held), None
+
+
+def decode(
+    name: str,
+    kv_heads: int = 8,
+    group: int = 4,
+    size: int = 128,
+    sinks: bool = False,
+    form: str = "bf16",
+    **limits: Any,
+) -> Job:
     rows, heads, listed = 64, kv_heads * group, ints(1024)
     blocks = Blocks(count=ints(1), rows=listed, pages=listed, starts=listed)
-    new, cache = halves(rows, kv_heads * size), halves(2, 1024, 2, 128, kv_heads * size)
-    shapes = [halves(rows, heads, size), new, new, cache, ints(1), blocks, ints(rows), *[floats(heads)] * sinks]
+    new, cache, scales = pages(form, rows, kv_heads, size)
+    told = {"sinks": floats(heads) if sinks else None, "new_scales": scales}
+    shapes = [halves(rows, heads, size), new, new, cache, ints(1), blocks, ints(rows), told]
 
     def run(*args: Any) -> Any:
-        return decode_attention(*args[:7], scale=SCALE, sinks=args[7] if sinks else None, name=name, **limits)
+        return decode_attention(*args[:7], scale=SCALE, name=name, **args[7], **limits)
 
     return name, run, tuple(shapes), (3,)
 
 
-def prefill(name: str, kv_heads: int = 8, group: int = 4, size: int = 128, sinks: bool = False, **limits: Any) -> Job:
-    tokens, heads, width = 1024, kv_heads * group, kv_heads * size
+def prefill(
+    name: str,
+    kv_heads: int = 8,
+    group: int = 4,
+    size: int = 128,
+    sinks: bool = False,
+    form: str = "bf16",
+    **limits: Any,
+) -> Job:
+    tokens, heads = 1024, kv_heads * group
     sizes = {"num_pairs": 1, "num_writes": 1, "pages": 1024}
     tiles = Tiles(**{field.name: ints(sizes.get(field.name, 64)) for field in fields(Tiles)})
-    new, cache = halves(tokens, width), halves(2, 1024, 2, 128, width)
-    shapes = [halves(tokens, heads * size), new, new, cache, ints(1), tiles, *[floats(heads)] * sinks]
+    new, cache, scales = pages(form, tokens, kv_heads, size)
+    told = {"sinks": floats(heads) if sinks else None, "new_scales": scales}
+    shapes = [halves(tokens, heads * size), new, new, cache, ints(1), tiles, told]
 
     def run(*args: Any) -> Any:
-        sums = {"scale": SCALE, "size": size, "sinks": args[6] if sinks else None}
-        return prefill_attention(*args[:6], **sums, name=name, **limits)
+        return prefill_attention(*args[:6], scale=SCALE, size=size, name=name, **args[6], **limits)
 
     return name, run, tuple(shapes), (3,)

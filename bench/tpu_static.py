@@ -31,11 +31,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     "decode_head80": {"size": 80},
     "decode_head96": {"size": 96},
     "decode_head256": {"kv_heads": 4, "size": 256},
+    "decode_fp8": {"form": "fp8"},
+    "decode_int8": {"form": "int8"},
     "prefill": {},
     "prefill_window": {"window": 1000},
     "prefill_capped": {"logit_cap": 50.0},
     "prefill_head64": {"size": 64},
     "prefill_one_head": {"kv_heads": 1, "group": 8},
+    "prefill_fp8": {"form": "fp8"},
+    "prefill_int8": {"form": "int8"},
 }
 """Variants of attention: 8 KV heads of 128, groups of 4, 64 rows, unless they say otherwise."""
 OTHERS = ("copy_pages", "gather_pages", "scatter_pages", "keep", "matmul", "matmul_w8a8", "matmul_w4a16")

@@ -183,6 +183,8 @@ def cache_heads_axis(kernel: str) -> int:
 
 def cache_dtype(kv_dtype: str, platform: str) -> jnp.dtype:
     """How the cache is stored: on the CPU bfloat16 lies as uint16 bits, XLA would widen the whole cache otherwise."""
+    if kv_dtype == "fp8_e4m3":
+        return jnp.dtype(jnp.float8_e4m3fn)
     return jnp.dtype("uint16" if kv_dtype == "bfloat16" and platform == "cpu" else kv_dtype)
 
 
@@ -195,18 +197,19 @@ def paged_attention(
     q: Array,
     k: Array,
     v: Array,
-    cache: Array,
+    cache: tpu_attention.Cache,
     layer_index: int,
     work: Work,
     *,
     scale: float,
     window: int | None = None,
     logit_cap: float | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, tpu_attention.Cache]:
     """Write this step's keys and values into the pages, then attend. -> ([T, N, H] of q's dtype, cache).
 
-    q: [T, N, H]; k, v: [T, K, H]; cache: [L, P, 2, K, page, H], donated. A query at position p sees keys in
-    (p - window, p]. logit_cap: cap * tanh(logits / cap) before the softmax.
+    q: [T, N, H]; k, v: [T, K, H]; cache: [L, P, 2, K, page, H], donated; the tpu kernels' own shape, of which
+    float8_e4m3fn or Int8Pages say that pages have 8 bits. A query at position p sees keys in (p - window, p].
+    logit_cap: cap * tanh(logits / cap) before the softmax.
     """
     tokens, heads, size = q.shape
     kv_heads = k.shape[1]
@@ -217,6 +220,8 @@ def paged_attention(
             q, k, v, cache, layer_index, work.lists, scale=scale, window=window, logit_cap=logit_cap,
             interpret=work.kernel == "tpu_interpreted",
         )  # fmt: skip
+    if isinstance(cache, tpu_attention.Int8Pages):
+        raise ValueError(f"Int8Pages: the {work.kernel} kernel does not take them, those of a TPU do")
     if cache.shape[2:] != (2, kv_heads, work.page_tokens, size):
         raise ValueError(f"cache {cache.shape} does not hold pages of {work.page_tokens} tokens of k {k.shape}")
     return ATTENTION[work.kernel](

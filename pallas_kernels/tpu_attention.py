@@ -1,5 +1,7 @@
 """Paged attention of a whole step on a TPU: rows of one new token by tpu_decode, rows of several by tpu_prefill.
 
+The cache's type says what its pages hold: bfloat16 (or float32), float8_e4m3fn without scales, or Int8Pages; keys and
+values are rounded to that here, once a layer.
 Letters: T tokens · S rows · N query heads · K KV heads · H head size · W = K * H · L layers · P pages.
 """
 
@@ -14,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu_decode import LANES, Blocks, decode_attention
 from pallas_kernels.tpu_lists import decode_blocks, prefill_tiles
+from pallas_kernels.tpu_narrow import Cache, Int8Pages, round_tokens
 from pallas_kernels.tpu_prefill import BLOCK_PAGES, TILE, Tiles, prefill_attention
 
 MAX_LISTED = 1 << 15
@@ -74,7 +77,7 @@ def paged_attention(
     q: Array,
     k: Array,
     v: Array,
-    cache: Array,
+    cache: Cache,
     layer: Array,
     rounds: Rounds,
     *,
@@ -82,29 +85,33 @@ def paged_attention(
     window: int | None,
     logit_cap: float | None,
     interpret: bool,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Cache]:
     """As dispatch.paged_attention. q: [T, N, H]; k, v: [T, K, H]; cache: [L, P, 2, page, W], donated; layer: i32 []."""
     tokens, heads, size = q.shape
-    width = k.shape[1] * size
     simulated = pltpu.InterpretParams() if interpret else False
     # a masked key has weight 0, and 0 * NaN would reach other rows
-    k, v = (jnp.where(jnp.isfinite(x), x, 0).astype(cache.dtype).reshape(tokens, width) for x in (k, v))
+    k, v, scales = round_tokens(*(jnp.where(jnp.isfinite(x), x, 0) for x in (k, v)), cache)
     layer = jnp.reshape(layer, (1,)).astype(jnp.int32)
     limits = {"scale": scale, "window": window, "logit_cap": logit_cap}
     wide = q.reshape(tokens, heads * size)
 
-    def attend(number: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    def attend(number: Array, carry: tuple[Array, Cache]) -> tuple[Array, Cache]:
         out, cache = carry
         now = jax.tree_util.tree_map(lambda x: x[number], rounds.lists)
         if tokens > 1:
             padding = ((0, -tokens % TILE), (0, 0))
             padded = [jnp.pad(x, padding) for x in (wide, k, v)]
-            found, cache = prefill_attention(*padded, cache, layer, now.tiles, size=size, interpret=simulated, **limits)
+            factors = None if scales is None else jnp.pad(scales, padding)
+            found, cache = prefill_attention(
+                *padded, cache, layer, now.tiles, size=size, new_scales=factors, interpret=simulated, **limits
+            )
             out = jnp.where(now.several[:, None], found[:tokens], out)
         mine = jnp.minimum(now.decode_tokens, tokens - 1)
+        factors = None if scales is None else scales[mine]
         found, cache = decode_attention(
-            q[mine], k[mine], v[mine], cache, layer, now.blocks, now.lengths, interpret=simulated, **limits
-        )
+            q[mine], k[mine], v[mine], cache, layer, now.blocks, now.lengths,
+            new_scales=factors, interpret=simulated, **limits,
+        )  # fmt: skip
         return out.at[now.decode_tokens].set(found.reshape(-1, heads * size), mode="drop"), cache
 
     start = (jnp.zeros_like(wide), cache)
@@ -122,3 +129,13 @@ def cache_shape(
     if page_tokens != LANES:
         raise ValueError(f"pages of {page_tokens} tokens: the TPU kernels take pages of {LANES}")
     return (num_layers, num_pages, 2, page_tokens, num_kv_heads * head_size)
+
+
+def int8_pages(num_layers: int, num_pages: int, page_tokens: int, num_kv_heads: int, head_size: int) -> Int8Pages:
+    """The shapes of a cache of int8, ShapeDtypeStructs; ranks share the heads' axes, 4 of codes and 2 of scales."""
+    codes = cache_shape(num_layers, num_pages, page_tokens, num_kv_heads, head_size)
+    scales = (num_layers, num_pages, 2 * num_kv_heads, page_tokens)
+    return Int8Pages(
+        codes=jax.ShapeDtypeStruct(codes, jnp.int8),  # type: ignore[arg-type]
+        scales=jax.ShapeDtypeStruct(scales, jnp.bfloat16),  # type: ignore[arg-type]
+    )

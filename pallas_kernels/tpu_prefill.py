@@ -8,6 +8,9 @@ HBM to HBM where a whole page lies on a boundary of 16 tokens, otherwise through
 ones that shifts rows, exactly. Lengths are read on the device. Written without ref.reshape and ref.bitcast, so that it
 runs in Pallas's interpreter with its race detector. Source of the softmax over blocks: Dao et al., FlashAttention
 (arXiv 2205.14135).
+
+Pages of 8 bits (tpu_narrow has the forms) are widened once for all query heads of a KV head; their bytes are moved as
+int8, which the product with zeros and ones leaves as they are.
 Letters: T tokens · S rows · N query heads · K KV heads · H head size · W = K * H · L layers · P pages · B listed pages.
 """
 
@@ -23,9 +26,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.tpu_decode import LANES, MASKED
+from pallas_kernels.tpu_narrow import Cache, check_scales, joined, moved_rows, parts, widened, write_scales
 
 TILE = 128  # queries of a tile
-SUBLANES = 16  # rows of packed bfloat16 that are copied together
+SUBLANES = {2: 16, 1: 32, 4: 8}  # packed rows of so many bytes that are copied together
 BLOCK_PAGES = 2  # pages attended to at once
 FLOOR = -1e29  # where a running maximum begins: above MASKED, so that a block of masked keys weighs nothing
 LOG2_E = 1.4426950408889634
@@ -53,7 +57,7 @@ def prefill_attention(
     q: Array,
     k: Array,
     v: Array,
-    cache: Array,
+    cache: Cache,
     layer: Array,
     tiles: Tiles,
     *,
@@ -62,22 +66,26 @@ def prefill_attention(
     window: int | None = None,
     logit_cap: float | None = None,
     sinks: Array | None = None,
+    new_scales: Array | None = None,
     interpret: pltpu.InterpretParams | bool = False,
     name: str = "prefill_attention",
-) -> tuple[Array, Array]:
+) -> tuple[Array, Cache]:
     """Write the listed pages' new keys and values, then attend -> ([T, N * H] of q's dtype, cache).
 
-    q: [T, N * H]; k, v: [T, W] of the cache's dtype, finite; T: a multiple of TILE; cache: [L, P, 2, page, W], donated;
-    layer: i32 [1]; size: H. Tiles of no pair are left as they are, tokens of no listed row are 0. window: keys that are
-    seen, a query's own included; sinks: f32 [N]. Raises ValueError for shapes that do not fit.
+    q: [T, N * H]; k, v: [T, W] of the cache's dtype, finite; T: a multiple of TILE; cache: [L, P, 2, page, W] or
+    Int8Pages, donated; layer: i32 [1]; size: H. Tiles of no pair are left as they are, tokens of no listed row are 0.
+    window: keys that are seen, a query's own included; sinks: f32 [N]; new_scales: bf16 [T, 2 * K] of k and v, with
+    Int8Pages alone. Raises ValueError for shapes that do not fit.
     """
+    arrays = parts(cache)
     tokens, lanes = q.shape
-    page, width = cache.shape[3:]
+    page, width = arrays[0].shape[3:]
     heads, kv_heads = lanes // size, width // size
     if page != LANES or tokens % TILE or lanes % size or width % size or heads % kv_heads:
-        raise ValueError(f"q {q.shape} of heads of {size} does not fit a cache {cache.shape}")
-    if k.shape != (tokens, width) or v.shape != k.shape or k.dtype != cache.dtype:
-        raise ValueError(f"k {k.shape} {k.dtype}, v {v.shape}: ({tokens}, {width}) {cache.dtype} is wanted")
+        raise ValueError(f"q {q.shape} of heads of {size} does not fit a cache {arrays[0].shape}")
+    if k.shape != (tokens, width) or v.shape != k.shape or k.dtype != arrays[0].dtype:
+        raise ValueError(f"k {k.shape} {k.dtype}, v {v.shape}: ({tokens}, {width}) {arrays[0].dtype} is wanted")
+    check_scales(cache, new_scales, (tokens, 2 * kv_heads))
     there, here = pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(memory_space=pltpu.VMEM)
     scalars = [getattr(tiles, field) for field in Tiles.__slots__]
     body = functools.partial(
@@ -87,51 +95,64 @@ def prefill_attention(
         window=window,
         logit_cap=logit_cap,
         has_sinks=sinks is not None,
+        scaled=new_scales is not None,
     )
     block = BLOCK_PAGES * page
-    column = (heads, 1, TILE)
+    column, of_page = (heads, 1, TILE), (2 * kv_heads, page)
+    fresh = (2, page + SUBLANES[k.dtype.itemsize], width)
+    given, of_scales = [], []
+    if new_scales is not None:  # tokens in the lanes; a page's tokens may lie in two registers, the last one is padding
+        given = [jnp.pad(new_scales.astype(jnp.bfloat16).T, ((0, 0), (0, LANES)))]
+        of_scales = [pltpu.VMEM((2, BLOCK_PAGES, *of_page), jnp.bfloat16), pltpu.VMEM(of_page, jnp.bfloat16)]
+        of_scales.append(pltpu.VMEM((block, 2 * kv_heads), jnp.float32))
     sinks = jnp.zeros((heads,), jnp.float32) if sinks is None else sinks.astype(jnp.float32) * LOG2_E
-    return pl.pallas_call(
+    first = 1 + len(scalars) + 4 + len(given)
+    out, *found = pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1 + len(scalars),
             grid=(1,),
-            in_specs=[here, there, there, there, there],
-            out_specs=[there, there],
+            in_specs=[here, there, there, there, *[here] * len(given), *[there] * len(arrays)],
+            out_specs=[there] * (1 + len(arrays)),
             scratch_shapes=[
                 pltpu.VMEM((TILE, lanes), q.dtype),
                 pltpu.VMEM((TILE, lanes), q.dtype),
-                pltpu.VMEM((2, 2, block, width), cache.dtype),
+                pltpu.VMEM((2, 2, block, width), k.dtype),
                 pltpu.VMEM((heads, size, TILE), jnp.float32),
                 pltpu.VMEM(column, jnp.float32),
                 pltpu.VMEM(column, jnp.float32),
-                pltpu.VMEM((2, page + SUBLANES, width), cache.dtype),
+                pltpu.VMEM(fresh, k.dtype),
                 pltpu.SemaphoreType.DMA((2,)),
                 pltpu.SemaphoreType.DMA,
                 pltpu.SemaphoreType.DMA,
+                *of_scales,
             ],
         ),
-        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(cache.shape, cache.dtype)],
-        input_output_aliases={1 + len(scalars) + 4: 1},
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, *arrays)],
+        input_output_aliases={first + n: 1 + n for n in range(len(arrays))},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=48 << 20),
         interpret=interpret,
         name=name,
-    )(layer, *scalars, jnp.broadcast_to(sinks[:, None, None], column), q, k, v, cache)
+    )(layer, *scalars, jnp.broadcast_to(sinks[:, None, None], column), q, k, v, *given, *arrays)
+    return out, joined(tuple(found))
 
 
 def prefill_kernel(  # type: ignore[no-untyped-def]
     layer, num_pairs, pair_tiles, pair_rows, num_writes, write_rows, write_columns,
     query_starts, num_new, num_computed, page_starts, pages,  # scalars
-    sinks, q, k, v, _, out, cache,  # [N, 1, TILE]; the rest in HBM
-    queries, results,  # [TILE, N * H] of the tile
-    held,  # [2, 2, block, W] two blocks: one attended to, one on its way
-    total, top, weight,  # [N, H, TILE], [N, 1, TILE] twice: of the tile so far
-    fresh,  # [2, page + SUBLANES, W] new keys and values of a page
-    read, moved, written,  # semaphores
-    *, size, scale, window, logit_cap, has_sinks,
+    sinks, q, k, v,  # [N, 1, TILE]; the rest in HBM
+    *refs, size, scale, window, logit_cap, has_sinks, scaled,
 ):  # fmt: skip
-    """One program: the loop over written pages, then that over pairs and their blocks."""
+    """One program: the loop over written pages, then that over pairs and their blocks. scaled: Int8Pages."""
+    if scaled:  # [2 * K, T + 128], the pages' scales, [2, BLOCK_PAGES, 2 * K, page], [2 * K, page], [block, 2 * K] f32
+        new_scales, _, _, out, cache, scales, *refs, factors, changed, columns = refs
+    else:  # the cache as it comes, the result, the cache
+        _, out, cache, *refs = refs
+    # [TILE, N * H] of the tile, twice; [2, 2, block, W] two blocks: one attended to, one on its way; [N, H, TILE],
+    # [N, 1, TILE] twice: of the tile so far; [2, page + sublanes, W] new keys and values of a page; semaphores
+    queries, results, held, total, top, weight, fresh, read, moved, written = refs
     block, width = held.shape[2:]
+    narrow, sublanes = held.dtype.itemsize == 1, SUBLANES[held.dtype.itemsize]
     page, heads, kv_heads = block // BLOCK_PAGES, queries.shape[1] // size, width // size
     at = layer[0]
 
@@ -143,12 +164,13 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
         source = query_starts[row] + first - num_computed[row]  # that token in the step; may be before it
         begin = jnp.maximum(num_computed[row] - first, 0)
         end = jnp.minimum(num_computed[row] + num_new[row] - first, page)
-        target = cache.at[at, pages[page_starts[row] + write_columns[n]]]
-        whole = (begin == 0) & (end == page) & (lax.rem(source, SUBLANES) == 0)
+        where = at, pages[page_starts[row] + write_columns[n]]
+        target = cache.at[where]
+        whole = (begin == 0) & (end == page) & (lax.rem(source, sublanes) == 0)
 
         @pl.when(whole)
         def _():
-            start = pl.multiple_of(jnp.maximum(source, 0), SUBLANES)
+            start = pl.multiple_of(jnp.maximum(source, 0), sublanes)
             copies = [
                 pltpu.make_async_copy(new.at[pl.ds(start, page), :], target.at[part], moved)
                 for part, new in enumerate((k, v))
@@ -160,16 +182,16 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
 
         @pl.when(jnp.logical_not(whole) & (end > begin))
         def _():
-            low = lax.div(source + begin, SUBLANES) * SUBLANES  # first token that is fetched
-            count = lax.div(source + end - low + SUBLANES - 1, SUBLANES)
+            low = lax.div(source + begin, sublanes) * sublanes  # first token that is fetched
+            count = lax.div(source + end - low + sublanes - 1, sublanes)
             old = pltpu.make_async_copy(target, held.at[0, :, pl.ds(0, page), :], written)
             old.start()
 
             def piece(i, new, part):
-                near = pl.multiple_of(low + i * SUBLANES, SUBLANES)
-                here = pl.multiple_of(i * SUBLANES, SUBLANES)
+                near = pl.multiple_of(low + i * sublanes, sublanes)
+                here = pl.multiple_of(i * sublanes, sublanes)
                 return pltpu.make_async_copy(
-                    new.at[pl.ds(near, SUBLANES), :], fresh.at[part, pl.ds(here, SUBLANES), :], moved
+                    new.at[pl.ds(near, sublanes), :], fresh.at[part, pl.ds(here, sublanes), :], moved
                 )
 
             def each(act):
@@ -183,18 +205,19 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
             each("start")
             each("wait")
             old.wait()
-            shape = (page, page + SUBLANES)
-            to, origin = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-            shift = jnp.where(to + (source - low) == origin, 1.0, 0.0).astype(fresh.dtype)
+            to, origin = (lax.broadcasted_iota(jnp.int32, (page, page + sublanes), axis) for axis in (0, 1))
+            is_origin = to + (source - low) == origin
             token = lax.broadcasted_iota(jnp.int32, (page, width), 0)
             inside = (token >= begin) & (token < end)
             for part in (0, 1):
-                moved_rows = lax.dot(shift, fresh[part], preferred_element_type=jnp.float32).astype(held.dtype)
-                held[0, part, pl.ds(0, page), :] = jnp.where(inside, moved_rows, held[0, part, pl.ds(0, page), :])
+                old = held[0, part, pl.ds(0, page), :]
+                held[0, part, pl.ds(0, page), :] = moved_rows(fresh[part], is_origin, inside, old)
             back = pltpu.make_async_copy(held.at[0, :, pl.ds(0, page), :], target, written)
             back.start()
             back.wait()
 
+        if scaled:
+            write_scales(new_scales, scales.at[where], changed, written, source, begin, end)
         return 0
 
     lax.fori_loop(0, num_writes[0], write, 0)
@@ -210,12 +233,13 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
 
     def fetch(pair, nth, slot):
         base = page_starts[pair_rows[pair]] + nth * BLOCK_PAGES
-        return [
-            pltpu.make_async_copy(
-                cache.at[at, pages[base + i]], held.at[slot, :, pl.ds(i * page, page), :], read.at[slot]
-            )
-            for i in range(BLOCK_PAGES)
-        ]
+        copies = []
+        for i in range(BLOCK_PAGES):
+            where, here = (at, pages[base + i]), held.at[slot, :, pl.ds(i * page, page), :]
+            copies.append(pltpu.make_async_copy(cache.at[where], here, read.at[slot]))
+            if scaled:
+                copies.append(pltpu.make_async_copy(scales.at[where], factors.at[slot, i], read.at[slot]))
+        return copies
 
     def begin_fetch(pair, nth, slot):
         for copy in fetch(pair, nth, slot):
@@ -260,6 +284,9 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
 
             for copy in fetch(pair, nth, slot):
                 copy.wait()
+            if scaled:
+                of_block = jnp.concatenate([factors[slot, i] for i in range(BLOCK_PAGES)], axis=1)
+                columns[...] = of_block.astype(jnp.float32).T
             seen = key + nth * block <= position
             if window is not None:
                 seen = seen & (key + nth * block > position - window)
@@ -280,7 +307,7 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
                 kept = jnp.exp2(before - higher)
                 top[head] = higher
                 weight[head] = weight[head] * kept + jnp.sum(share, axis=0, keepdims=True)
-                share = share.astype(held.dtype)
+                share = share.astype(values.dtype)
                 added = lax.dot_general(values, share, both_first, preferred_element_type=jnp.float32)
                 total[head] = total[head] * kept + added
 
@@ -288,6 +315,9 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
             for kv_head in range(kv_heads):
                 own = slice(kv_head * size, (kv_head + 1) * size)
                 keys, values = held[slot, 0, :, own], held[slot, 1, :, own]
+                if narrow:
+                    lines = columns[:, 2 * kv_head : 2 * kv_head + 2] if scaled else None
+                    keys, values = widened(keys, values, lines, queries.dtype)
                 for head in range(kv_head * group, (kv_head + 1) * group):
                     sums(head, keys, values)
             return 1 - slot

@@ -13,6 +13,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_decode
 from pallas_kernels.tpu_decode import LANES, Blocks, decode_attention
+from pallas_kernels.tpu_narrow import Cache, round_tokens
+from tests.kernels.narrow_pages import numbers, numbers_of_tokens, rounded
 
 LAYERS, KV_HEADS, GROUP, SIZE, PAGES = 2, 2, 4, 128, 12
 
@@ -20,7 +22,7 @@ LAYERS, KV_HEADS, GROUP, SIZE, PAGES = 2, 2, 4, 128, 12
 class Case:
     """Rows of any lengths; the list holds `spare` blocks more of each row than it needs, and entries behind its end."""
 
-    def __init__(self, lengths: list[int], seed: int, spare: int = 0, size: int = SIZE) -> None:
+    def __init__(self, lengths: list[int], seed: int, spare: int = 0, size: int = SIZE, form: str = "bf16") -> None:
         rng = np.random.default_rng(seed)
         self.lengths, self.size = lengths, size
         counts = [-(-length // LANES) + spare if length else 0 for length in lengths]
@@ -36,22 +38,29 @@ class Case:
 
         self.q = normal(len(lengths), KV_HEADS * GROUP, size)
         self.k, self.v = normal(len(lengths), KV_HEADS * size), normal(len(lengths), KV_HEADS * size)
-        self.cache = normal(LAYERS, max(sum(counts), PAGES) + 1, 2, LANES, KV_HEADS * size)
+        self.cache: Cache = normal(LAYERS, max(sum(counts), PAGES) + 1, 2, LANES, KV_HEADS * size)
+        self.new_scales: jax.Array | None = None
+        if form != "bf16":
+            self.cache = rounded(self.cache, KV_HEADS, size, form)
+            new = (x.reshape(-1, KV_HEADS, size) for x in (self.k, self.v))
+            self.k, self.v, self.new_scales = round_tokens(*new, self.cache)
         self.sinks = jnp.asarray(rng.normal(size=KV_HEADS * GROUP), jnp.float32)
 
-    def run(self, dma_execution_mode: str = "on_wait", **options: object) -> tuple[np.ndarray, np.ndarray]:
+    def run(self, dma_execution_mode: str = "on_wait", **options: object) -> tuple[np.ndarray, Cache]:
         out, cache = decode_attention(
             self.q, self.k, self.v, self.cache, jnp.array([1], jnp.int32), self.blocks,
             jnp.array(self.lengths, jnp.int32), scale=self.size**-0.5,
-            interpret=pltpu.InterpretParams(detect_races=True, dma_execution_mode=dma_execution_mode), **options,
+            new_scales=self.new_scales, **options,
+            interpret=pltpu.InterpretParams(detect_races=True, dma_execution_mode=dma_execution_mode),
         )  # fmt: skip
-        return np.asarray(out, np.float32), np.asarray(cache, np.float32)
+        return np.asarray(out, np.float32), cache
 
     def wanted(
         self, window: int | None = None, logit_cap: float | None = None, sinks: jax.Array | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        cache = np.array(self.cache, np.float32)
-        q, k, v = (np.asarray(x, np.float32) for x in (self.q, self.k, self.v))
+        """The cache as numbers: codes times scales."""
+        cache, q = numbers(self.cache), np.asarray(self.q, np.float32)
+        k, v = numbers_of_tokens(self.k, self.v, self.new_scales)
         out = np.zeros_like(q)
         for row, length in enumerate(self.lengths):
             if not length:
@@ -80,7 +89,7 @@ def check(case: Case, **options: object) -> None:
     assert not interpreter.races.races_found
     live = [row for row, length in enumerate(case.lengths) if length]
     np.testing.assert_allclose(found[0][live], wanted[0][live], atol=1.6e-2)  # shares and outputs are rounded to bf16
-    np.testing.assert_array_equal(found[1], wanted[1])
+    np.testing.assert_array_equal(numbers(found[1]), wanted[1])
 
 
 @pytest.mark.parametrize("form", ["plain", "window", "capped", "sinks"])
@@ -96,23 +105,32 @@ def test_other_head_sizes(size: int) -> None:
     check(Case([130, 40], seed=4, size=size))
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@pytest.mark.parametrize("form", ["fp8", "int8"])
+@pytest.mark.parametrize("size", [64, 128])
+def test_pages_of_8_bits(form: str, size: int) -> None:
+    """Every place in a word, first and last of tiles and pages."""
+    check(Case([1, 2, 31, 32, 33, 128, 129, 300, 0, 255], seed=5, spare=1, size=size, form=form))
+
+
+@settings(max_examples=16, deadline=None, derandomize=True)
 @given(
     lengths=st.lists(st.integers(0, 400), min_size=1, max_size=5),
     seed=st.integers(0, 99),
     spare=st.integers(0, 2),
     window=st.none() | st.integers(1, 300),
+    form=st.sampled_from(["bf16", "fp8", "int8"]),
 )
-def test_any_rows(lengths: list[int], seed: int, spare: int, window: int | None) -> None:
-    check(Case(lengths, seed, spare), window=window)
+def test_any_rows(lengths: list[int], seed: int, spare: int, window: int | None, form: str) -> None:
+    check(Case(lengths, seed, spare, form=form), window=window)
 
 
 def test_no_rows() -> None:
     case = Case([0, 0], seed=1)
-    np.testing.assert_array_equal(case.run()[1], np.asarray(case.cache, np.float32))
+    np.testing.assert_array_equal(numbers(case.run()[1]), numbers(case.cache))
 
 
-def test_a_missing_wait_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", ["bf16", "int8"])
+def test_a_missing_wait_is_found(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The detector is awake: without the wait for a block's arrival it reports a race."""
     plain = pltpu.make_async_copy
 
@@ -124,7 +142,7 @@ def test_a_missing_wait_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
             pass
 
     monkeypatch.setattr(tpu_decode.pltpu, "make_async_copy", Careless)
-    Case([300], seed=2).run(dma_execution_mode="eager")
+    Case([300], seed=2, form=form).run(dma_execution_mode="eager")
     assert interpreter.races.races_found
 
 

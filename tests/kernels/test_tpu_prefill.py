@@ -14,7 +14,9 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import tpu_prefill
 from pallas_kernels.tpu_decode import LANES
 from pallas_kernels.tpu_lists import prefill_tiles
+from pallas_kernels.tpu_narrow import Cache, round_tokens
 from pallas_kernels.tpu_prefill import BLOCK_PAGES, TILE, prefill_attention
+from tests.kernels.narrow_pages import numbers, numbers_of_tokens, rounded
 
 LAYERS, KV_HEADS, GROUP, SIZE = 2, 2, 4, 128
 
@@ -22,7 +24,10 @@ LAYERS, KV_HEADS, GROUP, SIZE = 2, 2, 4, 128
 class Case:
     """Rows (tokens before, new tokens), one after another from token `begin` on; rows of one new token are not ours."""
 
-    def __init__(self, rows: list[tuple[int, int]], seed: int, begin: int = 0, size: int = SIZE, group: int = GROUP):
+    def __init__(
+        self, rows: list[tuple[int, int]], seed: int, begin: int = 0, size: int = SIZE, group: int = GROUP,
+        form: str = "bf16",
+    ) -> None:  # fmt: skip
         rng = np.random.default_rng(seed)
         self.size, self.heads = size, KV_HEADS * group
         self.rows, starts = rows, []
@@ -43,7 +48,12 @@ class Case:
 
         self.q = normal(self.tokens, self.heads * size)
         self.k, self.v = normal(self.tokens, KV_HEADS * size), normal(self.tokens, KV_HEADS * size)
-        self.cache = normal(LAYERS, total + 1, 2, LANES, KV_HEADS * size)
+        self.cache: Cache = normal(LAYERS, total + 1, 2, LANES, KV_HEADS * size)
+        self.new_scales: jax.Array | None = None
+        if form != "bf16":
+            self.cache = rounded(self.cache, KV_HEADS, size, form)
+            new_tokens = (x.reshape(-1, KV_HEADS, size) for x in (self.k, self.v))
+            self.k, self.v, self.new_scales = round_tokens(*new_tokens, self.cache)
         self.sinks = jnp.asarray(rng.normal(size=self.heads), jnp.float32)
         new = np.array([new if new > 1 else 0 for _, new in rows], np.int32)
         before = np.array([before for before, _ in rows], np.int32)
@@ -52,19 +62,19 @@ class Case:
             self.tokens, total + len(rows) * BLOCK_PAGES,
         )  # fmt: skip
 
-    def run(self, dma_execution_mode: str = "on_wait", **options: object) -> tuple[np.ndarray, np.ndarray]:
+    def run(self, dma_execution_mode: str = "on_wait", **options: object) -> tuple[np.ndarray, Cache]:
         out, cache = prefill_attention(
             self.q, self.k, self.v, self.cache, jnp.array([1], jnp.int32), self.tiles, scale=self.size**-0.5,
-            size=self.size, **options,
+            size=self.size, new_scales=self.new_scales, **options,
             interpret=pltpu.InterpretParams(detect_races=True, dma_execution_mode=dma_execution_mode),
         )  # fmt: skip
-        return np.asarray(out, np.float32), np.asarray(cache, np.float32)
+        return np.asarray(out, np.float32), cache
 
     def wanted(
         self, window: int | None = None, logit_cap: float | None = None, sinks: jax.Array | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        cache = np.array(self.cache, np.float32)
-        q, k, v = (np.asarray(x, np.float32) for x in (self.q, self.k, self.v))
+        cache, q = numbers(self.cache), np.asarray(self.q, np.float32)
+        k, v = numbers_of_tokens(self.k, self.v, self.new_scales)
         out = np.zeros_like(q)
         for row, (before, new) in enumerate(self.rows):
             if new < 2:
@@ -100,7 +110,7 @@ def check(case: Case, **options: object) -> None:
         if new > 1:
             mine = slice(begin, begin + new)
             np.testing.assert_allclose(found[0][mine], wanted[0][mine], atol=2e-2)  # shares and outputs are bf16
-    np.testing.assert_array_equal(found[1], wanted[1])
+    np.testing.assert_array_equal(numbers(found[1]), wanted[1])
 
 
 @pytest.mark.parametrize("form", ["plain", "window", "capped", "sinks"])
@@ -116,24 +126,33 @@ def test_other_heads(size: int, group: int) -> None:
     check(Case([(130, 40), (0, 20)], seed=4, size=size, group=group))
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@pytest.mark.parametrize("form", ["fp8", "int8"])
+@pytest.mark.parametrize("size", [64, 128])
+def test_pages_of_8_bits(form: str, size: int) -> None:
+    """Whole pages and parts, of tokens that begin at 32 and elsewhere, behind a prefix and not."""
+    check(Case([(0, 1), (0, 15), (128, 272), (77, 60), (5, 1), (130, 40)], seed=3, begin=16, size=size, form=form))
+
+
+@settings(max_examples=16, deadline=None, derandomize=True)
 @given(
     rows=st.lists(st.tuples(st.integers(0, 300), st.integers(1, 200)), min_size=1, max_size=4),
     begin=st.integers(0, 40),
     seed=st.integers(0, 99),
     window=st.none() | st.integers(1, 300),
+    form=st.sampled_from(["bf16", "fp8", "int8"]),
 )
-def test_any_rows(rows: list[tuple[int, int]], begin: int, seed: int, window: int | None) -> None:
-    check(Case(rows, seed, begin), window=window)
+def test_any_rows(rows: list[tuple[int, int]], begin: int, seed: int, window: int | None, form: str) -> None:
+    check(Case(rows, seed, begin, form=form), window=window)
 
 
 def test_no_rows() -> None:
     case = Case([(5, 1), (0, 1)], seed=1)
-    np.testing.assert_array_equal(case.run()[1], np.asarray(case.cache, np.float32))
+    np.testing.assert_array_equal(numbers(case.run()[1]), numbers(case.cache))
 
 
+@pytest.mark.parametrize("form", ["bf16", "int8"])
 @pytest.mark.parametrize("rows", [[(0, 128)], [(0, 100)]])
-def test_a_missing_wait_is_found(rows: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_wait_is_found(rows: list[tuple[int, int]], form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The detector is awake: without the waits for copies it reports a race, of whole pages and of parts."""
     plain = pltpu.make_async_copy
 
@@ -145,7 +164,7 @@ def test_a_missing_wait_is_found(rows: list[tuple[int, int]], monkeypatch: pytes
             pass
 
     monkeypatch.setattr(tpu_prefill.pltpu, "make_async_copy", Careless)
-    Case(rows, seed=2).run(dma_execution_mode="eager")
+    Case(rows, seed=2, form=form).run(dma_execution_mode="eager")
     assert interpreter.races.races_found
 
 
