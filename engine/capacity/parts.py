@@ -48,7 +48,13 @@ def device_info(chip: Chip) -> DeviceInfo:
             memory_bytes=chip.memory_bytes,
             free_bytes=chip.memory_bytes,
             capabilities=frozenset(
-                {Capability.LATE_MASK, Capability.MULTI_STEP, Capability.PROMPT_LOGPROBS, Capability.EXECUTABLES}
+                {
+                    Capability.LATE_MASK,
+                    Capability.MULTI_STEP,
+                    Capability.PROMPT_LOGPROBS,
+                    Capability.EXECUTABLES,
+                    Capability.REPLICAS,
+                }
             ),
             page_tokens=128,
             default_dtype="bfloat16",
