@@ -17,6 +17,7 @@ from engine.errors import ConfigError
 from engine.memory import least_kv_bytes, usable_bytes
 from engine.resolve import (
     Resolved,
+    check_replicas,
     check_tensor,
     pages_of,
     plan_cache,
@@ -166,6 +167,7 @@ def refusals(arch: ArchSpec, ask: Ask, device: DeviceInfo, dtype: str) -> tuple[
     checks: tuple[Callable[[], object], ...] = (
         lambda: refuse_unsupported(config),
         lambda: check_tensor(ranks, arch, replace(device, num_devices=driven)),
+        lambda: check_replicas(copies, ranks, replace(device, num_devices=driven)),
         lambda: resolve_quantization(config.model.quantization, arch, device),
         lambda: resolve_kv_dtype(config.cache.kv_cache_dtype, dtype, device),
     )
