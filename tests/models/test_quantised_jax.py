@@ -16,6 +16,8 @@ import pytest
 import torch
 import transformers
 
+from backends.jax import stacks
+from backends.jax.runner import Runner
 from backends.jax.split import Split
 from backends.jax.weights import load_params
 from engine.core.start import start_core
@@ -24,6 +26,9 @@ from engine.specs.checkpoint import read_config, stream_params
 from engine.specs.families import parse_config
 from engine.specs.families.quantization import at_load
 from jax_models.linear import linear, weight_of
+from pallas_kernels import dispatch
+from tests.backends.driver import Driver
+from tests.backends.split_runs import quantised
 from tests.checkpoints import write_checkpoint
 from tests.models.numerics import Case, check_report, engine_config, run_folder
 from tests.models.test_quantised import (
@@ -163,3 +168,19 @@ def change_scale(folder: Path, name: str) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors[name] = tensors[name] * 2
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_a_scan_over_stacked_codes(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The TPU's step on stacks of codes and scales gives what layer by layer gives."""
+
+    def outputs() -> list[list[int]]:
+        d = Driver(Runner(), quantised(scheme), seed=3)
+        seqs = [d.new(d.prompt(length)) for length in (37, 5, 20)]
+        d.generate(seqs, 6)
+        return [seq.outputs for seq in seqs]
+
+    wanted = outputs()
+    monkeypatch.setattr(dispatch, "choose_kernel", lambda platform, head_size: "plain")
+    monkeypatch.setattr(stacks, "stacks_layers", lambda platform: True)
+    assert outputs() == wanted
