@@ -219,7 +219,12 @@ class ProgramSet:
                 jax.ShapeDtypeStruct((size, -(-vocab // 32)), np.uint32),
             )
             block = HEAD_ROWS if self._split.platform == "cpu" else sampled_together(size)
-            function = partial(self._sampling, block=block, num_top=self._config.sampler_limits.max_logprobs)
+            shape = sample.Sampled(
+                block=block,
+                num_top=self._config.sampler_limits.max_logprobs,
+                likely=dispatch.choose_likely(self._split.platform, vocab, self._split.size),
+            )
+            function = partial(self._sampling, shape=shape)
             programs.append(Program(("sample", size), function, args, donate=(1, 2)))
         return programs
 
