@@ -116,6 +116,9 @@ def check_sampling(plan: StepPlan, config: RunnerConfig) -> None:
     most = config.sampler_limits.max_logprobs
     check(-1 <= plan.num_logprobs <= most, f"num_logprobs {plan.num_logprobs}, the limit is {most}")
     plain = plan.num_steps == 1 or bool((plan.num_new == 1).all() and (plan.num_logits == 1).all())
+    most_steps = config.max_num_steps
+    check(plan.num_steps <= most_steps, f"{plan.num_steps} turns, configured were {most_steps}")
+    check(plan.num_steps == 1 or plan.num_rows <= config.max_turn_rows, f"several turns of {plan.num_rows} rows")
     check(plan.num_steps >= 1 and plain, "several turns need one new token and one logit row in every row")
     check(plan.num_steps == 1 or (plan.drafts is None and plan.prompt_logprobs is None), "several turns with extras")
     if plan.prompt_logprobs is not None:

@@ -1,6 +1,6 @@
-"""What executables built ahead save on a CPU: seconds to ready three ways, and what a call of a loaded program costs.
+"""What executables built ahead save: seconds to ready three ways, and on a CPU what a call of a loaded program costs.
 
-    python -m bench.executables [--rounds 3]
+    python -m bench.executables [--rounds 3] [--device cpu|cuda]
 
 The default model with default flags, jax backend. Each start is a process of its own: with nothing kept, with jax's own
 cache of programs warm, and with a bundle; seconds are from the start of the process to ready, medians. Calls are those
@@ -26,27 +26,27 @@ CALLS = 400
 START = """
 import json, sys
 from twinfer import LLM
-llm = LLM(backend="jax", device="cpu", show_progress=False, executables=sys.argv[1] or None)
+llm = LLM(backend="jax", device=sys.argv[1], show_progress=False, executables=sys.argv[2] or None)
 print(json.dumps([sum(llm.ready.startup_s.values()), llm.ready.startup_s["warm_up"] + llm.ready.startup_s["allocate"],
                   llm.ready.num_compiles]))
 """
 
 
 def child(*command: str, cache: str = "") -> str:
-    told = {**os.environ, "JAX_PLATFORMS": "cpu", "TWINFER_CACHE_DIR": cache}
+    told = {**os.environ, "TWINFER_CACHE_DIR": cache}
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=told, capture_output=True, text=True, check=True)
     return done.stdout
 
 
-def starts(rounds: int, bundle: str) -> dict[str, list[list[float]]]:
+def starts(rounds: int, device: str, bundle: str) -> dict[str, list[list[float]]]:
     """Way -> of each round (seconds to ready, seconds of programs, programs compiled)."""
     found: dict[str, list[list[float]]] = {"nothing kept": [], "jax's cache": [], "bundle": []}
     with tempfile.TemporaryDirectory() as kept:
-        child("-c", START, "", cache=kept)
+        child("-c", START, device, "", cache=kept)
         for _ in range(rounds):
-            found["nothing kept"].append(json.loads(child("-c", START, "")))
-            found["jax's cache"].append(json.loads(child("-c", START, "", cache=kept)))
-            found["bundle"].append(json.loads(child("-c", START, bundle)))
+            found["nothing kept"].append(json.loads(child("-c", START, device, "")))
+            found["jax's cache"].append(json.loads(child("-c", START, device, "", cache=kept)))
+            found["bundle"].append(json.loads(child("-c", START, device, bundle)))
     return found
 
 
@@ -99,14 +99,16 @@ def calls(bundle: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
+    os.environ["JAX_PLATFORMS"] = args.device
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "bundle"
-        print(child("-m", "twinfer", "compile", "-o", str(bundle), "--device", "cpu").splitlines()[-1])
-        for way, rounds in starts(args.rounds, str(bundle)).items():
+        print(child("-m", "twinfer", "compile", "-o", str(bundle), "--device", args.device).splitlines()[-1])
+        for way, rounds in starts(args.rounds, args.device, str(bundle)).items():
             ready, programs, compiled = (median(column) for column in zip(*rounds, strict=True))
             print(f"{way:12}  ready {ready:6.2f} s, of it programs {programs:6.2f} s, {compiled:.0f} compiled")
-        for name, us in calls(bundle).items():
+        for name, us in (calls(bundle) if args.device == "cpu" else {}).items():
             print(f"call, {name:8}  {us:6.1f} us")
 
 

@@ -1,6 +1,7 @@
-"""Both backends on one GPU with a Llama-3.1-8B-shaped dummy model: decode, prefill and start-up, beside the floor.
+"""Both backends on one GPU with dummy models of real shapes: decode, prefill and start-up, beside the floor.
 
-    python bench/gpu.py --backend torch [--layers 32] [--batches 1,8,32]
+    python -m bench.gpu --backend torch [--model 8b] [--layers 32] [--batches 1,8,32]
+    python -m bench.gpu --backend both [--models 8b,0.6b] [--batches 1,8,32,64,128,256]    in turn, and ratios
 
 Prints the copy bandwidth of the same run, then per batch the step time (slope between two output lengths), its ratio to
 the time that reading weights and KV once would take at that bandwidth, and the prefill of 2048 tokens. Dummy weights,
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -18,19 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
+from bench import shapes
+
+LLAMA_8B: dict[str, object] = shapes.LLAMA_8B | {
     "head_dim": 128,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
     "rope_scaling": {
         "rope_type": "llama3",
         "factor": 8.0,
@@ -38,12 +31,10 @@ LLAMA_8B = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     },
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
     "bos_token_id": 128000,
     "eos_token_id": 128001,
 }
+MODELS = {"8b": LLAMA_8B, "0.6b": shapes.QWEN3_06B}
 PROMPT, SHORT, LONG = 128, 8, 72  # tokens
 
 
@@ -73,26 +64,16 @@ def weight_bytes(config: dict[str, object]) -> int:
     return 2 * (layers * (d * size * (heads + 2 * kv) + heads * size * d + 3 * d * f) + vocab * d)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", default="torch", choices=("torch", "jax"))
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--batches", default="1,8,32")
-    parser.add_argument("--prefill", type=int, default=2048)
-    parser.add_argument("--max-num-seqs", type=int, default=32)
-    parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
-    parser.add_argument("--bandwidth", type=float, help="bytes a second, when torch cannot measure it here")
-    args = parser.parse_args()
+class Engine:
+    """One backend's engine on a dummy model."""
 
-    from twinfer import LLM, SamplingParams
+    def __init__(self, config: dict[str, object], folder: str, args: argparse.Namespace) -> None:
+        from twinfer import LLM
 
-    config = LLAMA_8B | {"num_hidden_layers": args.layers}
-    bandwidth = args.bandwidth or copy_bandwidth()
-    rng = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
-        begun = time.perf_counter()
-        llm = LLM(
+        self.rng = np.random.default_rng(0)
+        self.vocab = int(str(config["vocab_size"]))
+        self.llm = LLM(
             model=folder,
             load_format="dummy",
             skip_tokenizer_init=True,
@@ -101,39 +82,100 @@ def main() -> int:
             max_num_seqs=args.max_num_seqs,
             max_num_batched_tokens=args.max_num_batched_tokens,
         )
-        print(
-            f"{args.backend}: ready in {time.perf_counter() - begun:.1f} s; copy {bandwidth / 1e12:.2f} TB/s",
-            flush=True,
+
+    def seconds(self, batch: int, prompt: int, tokens: int) -> float:
+        from twinfer import SamplingParams
+
+        prompts = [{"prompt_token_ids": self.rng.integers(0, self.vocab, prompt).tolist()} for _ in range(batch)]
+        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        start = time.perf_counter()
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        taken = time.perf_counter() - start
+        counts = {len(output.outputs[0].token_ids) for output in outputs}
+        if counts != {tokens}:
+            sys.exit(f"asked for {tokens} tokens, got {sorted(counts)}")
+        return taken
+
+    def steps(self, batch: int) -> list[float]:
+        """Seconds a decode step, three times, in order of size."""
+        self.seconds(batch, PROMPT, SHORT)  # warm
+        whole = LONG - SHORT
+        return sorted(
+            (self.seconds(batch, PROMPT, LONG) - self.seconds(batch, PROMPT, SHORT)) / whole for _ in range(3)
         )
 
-        def seconds(batch: int, prompt: int, tokens: int) -> float:
-            prompts = [{"prompt_token_ids": rng.integers(0, 128000, prompt).tolist()} for _ in range(batch)]
-            params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-            start = time.perf_counter()
-            outputs = llm.generate(prompts, params, use_tqdm=False)
-            taken = time.perf_counter() - start
-            counts = {len(output.outputs[0].token_ids) for output in outputs}
-            if counts != {tokens}:
-                sys.exit(f"asked for {tokens} tokens, got {sorted(counts)}")
-            return taken
 
-        kv_bytes = 2 * 2 * args.layers * 8 * 128
+def run_one(args: argparse.Namespace) -> dict[int, float]:
+    """Seconds a decode step by batch, of one backend; the figures are printed as they come."""
+    config: dict[str, object] = dict(MODELS[args.model])
+    if args.layers:
+        config["num_hidden_layers"] = args.layers
+    bandwidth = args.bandwidth or copy_bandwidth()
+    heads, size, layers = (int(str(config[k])) for k in ("num_key_value_heads", "head_dim", "num_hidden_layers"))
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        begun = time.perf_counter()
+        engine = Engine(config, folder, args)
+        ready = time.perf_counter() - begun
+        print(f"{args.backend}, {args.model}: ready in {ready:.1f} s; copy {bandwidth / 1e12:.2f} TB/s", flush=True)
         for batch in (int(n) for n in args.batches.split(",")):
-            seconds(batch, PROMPT, SHORT)  # warm
-            steps = [(seconds(batch, PROMPT, LONG) - seconds(batch, PROMPT, SHORT)) / (LONG - SHORT) for _ in range(3)]
-            step = float(np.median(steps))
-            floor = (weight_bytes(config) + batch * (PROMPT + LONG / 2) * kv_bytes) / bandwidth
+            steps = engine.steps(batch)
+            step = found[batch] = steps[1]
+            floor = (weight_bytes(config) + batch * (PROMPT + LONG / 2) * 4 * layers * heads * size) / bandwidth
             print(
-                f"decode batch {batch:4d}: {step * 1e3:8.2f} ms a step "
-                f"({min(steps) * 1e3:.2f}-{max(steps) * 1e3:.2f}), "
+                f"decode batch {batch:4d}: {step * 1e3:8.2f} ms a step ({steps[0] * 1e3:.2f}-{steps[2] * 1e3:.2f}), "
                 f"{batch / step:8.0f} tok/s, {step / floor:5.2f} x floor ({floor * 1e3:.2f} ms)",
                 flush=True,
             )
-        first = sorted(seconds(1, args.prefill, 1) for _ in range(4))
+        first = sorted(engine.seconds(1, args.prefill, 1) for _ in range(4))
         print(
             f"prefill {args.prefill}: {first[1] * 1e3:.1f} ms to the first token (best {first[0] * 1e3:.1f})",
             flush=True,
         )
+    return found
+
+
+def run_both(args: argparse.Namespace) -> None:
+    """Each backend in a process of its own, one after the other, and the ratios of their steps."""
+    bandwidth = copy_bandwidth()
+    for model in args.models.split(","):
+        steps = []
+        for backend in ("torch", "jax"):
+            with tempfile.NamedTemporaryFile() as result:
+                own = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in PASSED if getattr(args, name)]
+                command = [sys.executable, "-m", "bench.gpu", f"--backend={backend}", f"--model={model}", *own]
+                subprocess.run([*command, f"--bandwidth={bandwidth}", f"--result={result.name}"], check=True)
+                steps.append({int(batch): step for batch, step in json.load(result).items()})
+        for batch, step in steps[0].items():
+            print(
+                f"{model} batch {batch:4d}: torch {step * 1e3:.2f} ms, jax {steps[1][batch] * 1e3:.2f} ms, "
+                f"jax / torch {steps[1][batch] / step:.2f}",
+                flush=True,
+            )
+
+
+PASSED = ("layers", "batches", "prefill", "max_num_seqs", "max_num_batched_tokens")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", default="torch", choices=("torch", "jax", "both"))
+    parser.add_argument("--model", default="8b", choices=tuple(MODELS))
+    parser.add_argument("--models", default="8b,0.6b", help="with --backend both")
+    parser.add_argument("--layers", type=int, default=0, help="0: the model's own")
+    parser.add_argument("--batches", default="1,8,32")
+    parser.add_argument("--prefill", type=int, default=2048)
+    parser.add_argument("--max-num-seqs", type=int, default=256)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
+    parser.add_argument("--bandwidth", type=float, help="bytes a second, when torch cannot measure it here")
+    parser.add_argument("--result", help="file for the seconds a step by batch, as JSON")
+    args = parser.parse_args()
+    if args.backend == "both":
+        run_both(args)
+        return 0
+    found = run_one(args)
+    if args.result:
+        Path(args.result).write_text(json.dumps(found))
     return 0
 
 

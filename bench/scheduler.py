@@ -31,7 +31,7 @@ import numpy as np
 sys.path.pop(0)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine.core.loop import encode_columns, scheduler_stats
+from engine.core.outputs import encode_columns, scheduler_stats
 from engine.kv.prefix_cache import chain_keys, root_key
 from engine.params import SamplingParams
 from engine.request import Request

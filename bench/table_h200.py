@@ -29,17 +29,12 @@ import numpy as np
 
 from bench.ceilings import copy_bandwidth, linear_rate
 from bench.gpu import LLAMA_8B
+from bench.shapes import QWEN3_06B
 from cuda_kernels.compiles import count, names
 from engine.core.messages import StepOutputs
 from engine.core.timeline import table
 
 ROOT = Path(__file__).resolve().parent.parent
-QWEN3_06B = {
-    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072,
-    "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
-    "vocab_size": 151936, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
-    "hidden_act": "silu", "tie_word_embeddings": True, "torch_dtype": "bfloat16",
-}  # fmt: skip
 VLLM_BANDWIDTH, VLLM_RATE = 4.3e12, 670e12
 
 # (work, vLLM's figure in ms or s, must, goal) as ratios ours / vLLM
@@ -111,7 +106,11 @@ class Bench:
         with model_folder(config) as folder:
             begun = time.perf_counter()
             self.llm = LLM(
-                folder, load_format="dummy", skip_tokenizer_init=True, max_model_len=32768, backend="torch", **options
+                folder,
+                load_format="dummy",
+                skip_tokenizer_init=True,
+                max_model_len=32768,
+                **{"backend": "torch"} | options,
             )
             self.compiled = count()
             print(f"  engine ready in {time.perf_counter() - begun:.1f} s: {self.llm.ready.startup_s}", flush=True)

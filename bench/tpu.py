@@ -25,7 +25,7 @@ from backends.jax.build import Builder
 from backends.jax.compile import Programs
 from backends.jax.programs import ProgramSet
 from backends.jax.workspace import tables_of
-from bench.shapes import GEMMA_27B, LLAMA_8B, LLAMA_70B, QWEN3_06B
+from bench.shapes import GEMMA_27B, INT8, LLAMA_8B, LLAMA_70B, QWEN3_06B
 from engine.config import EngineConfig, ModelConfig, ParallelConfig
 from engine.core.start import kv_budget
 from engine.resolve import plan_cache, resolve
@@ -38,6 +38,7 @@ GIB = 1 << 30
 CASES = {
     "Qwen3-0.6B": (QWEN3_06B, "v5e", 1),
     "Llama-3.1-8B": (LLAMA_8B, "v6e", 1),
+    "Llama-3.1-8B int8": (LLAMA_8B | {"quantization_config": INT8}, "v5e", 1),
     "Gemma-3-27B": (GEMMA_27B, "v6e:2x2", 4),
     "Llama-3.3-70B": (LLAMA_70B, "v6e:2x4", 8),
 }
@@ -87,12 +88,12 @@ def compile_case(name: str, every: bool) -> tuple[list[str], list[Found]]:
     builder, resolved, layout, length, made = prepared(name)
     programs = made.programs()
     largest, rows = max(resolved.runner.token_buckets), max(resolved.runner.row_buckets)
-    wanted = {("forward", rows), ("forward", largest), ("sample", rows)}
+    wanted = {("forward", rows), ("forward", largest), ("sample", rows), ("turns", rows)}
     compiler, found = Programs(builder.split), []
     for program in programs:
         if every or program.name in wanted:
             found.append(measure(compiler, program))
-            print(f"{name:14} {found[-1]}", flush=True)
+            print(f"{name:18} {found[-1]}", flush=True)
     pages = sum(pool.num_pages * pool.page_bytes for pool in layout.pools)
     weights = builder.weight_bytes()
     beside = max(program.scratch + program.outputs - program.aliased for program in found)

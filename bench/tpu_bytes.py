@@ -5,8 +5,9 @@
 The step's forward program is compiled for a TPU with no TPU (as in bench/tpu.py) and its bytes are counted by
 bench/hlo_bytes.py; the copies that the decode kernel starts itself come from its jaxpr: the sizes of the copies inside
 its loop, times the pages and rows of a step whose rows all have --length tokens. The prefill kernel has no work in
-such a step. Must: all weights once but the embedding table, of it a row a token; keys and values of all rows once, the
-new ones written; logits written. Nothing runs. Needs libtpu (pip install 'twinfer[tpu]').
+such a step, and rows of the bucket that are padding have none. Must: all weights once but the embedding table, of it a
+row a token; keys and values of all rows once, the new ones written; logits written. Nothing runs. Needs libtpu (pip
+install 'twinfer[tpu]').
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ def measure(name: str, rows: int, length: int) -> Found:
     """Of a model of bench/tpu.py's on one device. length: keys that a row sees, the new one included."""
     builder, resolved, layout, _, made = prepared(name)
     arch = resolved.runner.arch
-    program = next(each for each in made.programs() if each.name == ("forward", rows))
+    bucket = min(tokens for tokens in resolved.runner.token_buckets if tokens >= rows)
+    program = next(each for each in made.programs() if each.name == ("forward", bucket))
     mixer = arch.layers[0].mixer
     copies = copies_of(rows, mixer.num_heads, mixer.num_kv_heads, mixer.head_size)
     pages = rows * -(-length // layout.groups[0].page_tokens)

@@ -49,6 +49,7 @@ class ScheduleConfig:
     long_prefill_token_threshold: int = 0  # most prompt tokens of one request in a step, 0 = no limit
     scheduling_policy: str = "fcfs"  # fcfs | priority
     async_scheduling: bool = True  # plan step n + 1 while step n runs
+    num_scheduler_steps: int | None = None  # most decode turns that a step takes on the device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

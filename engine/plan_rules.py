@@ -1,4 +1,4 @@
-"""What a plan must be like for a runner that announces neither drafts nor several turns nor state: refused otherwise.
+"""What a plan must be like for a runner that announces neither drafts nor state: refused otherwise.
 
 Raises InternalError: the engine makes plans, a wrong one is our own bug. Called by backends/{jax,torch} at submit.
 """
@@ -14,7 +14,6 @@ def check_plan(plan: StepPlan, config: RunnerConfig) -> None:
     """Parts that were not announced, sizes that do not agree, slots and lengths beyond what was configured."""
     step = f"step {plan.step_id}"
     for used, name in (
-        (plan.num_steps != 1, "multi_step"),
         (plan.drafts is not None, "drafts"),
         (plan.states is not None, "state"),
         (plan.encodes is not None, "cross"),
@@ -23,6 +22,9 @@ def check_plan(plan: StepPlan, config: RunnerConfig) -> None:
         (plan.adapter_slots is not None, "adapters"),
     ):
         check(not used, f"{step}: {name} was not announced")
+    check(1 <= plan.num_steps <= config.max_num_steps, f"{step}: {plan.num_steps} turns of {config.max_num_steps}")
+    if plan.num_steps > 1:
+        check_turns(plan, config)
     check(int(plan.num_new.sum()) == plan.num_tokens, f"{step}: num_new does not sum to {plan.num_tokens} tokens")
     check(plan.positions.shape == (1, plan.num_tokens), f"{step}: positions {plan.positions.shape}; expected one axis")
     check(not plan.num_rows or int(plan.num_logits.max()) <= 1, f"{step}: several logits a row, without drafts")
@@ -34,10 +36,18 @@ def check_plan(plan: StepPlan, config: RunnerConfig) -> None:
         check(scored.token_idx.shape == scored.targets.shape, f"{step}: prompt logprobs of unequal lengths")
         check(0 <= scored.num_top <= limit, f"{step}: {scored.num_top} prompt logprobs, the limit is {limit}")
     if plan.num_rows:
-        slots, longest = plan.slots, int((plan.num_computed + plan.num_new).max())
+        slots, longest = plan.slots, int((plan.num_computed + plan.num_new).max()) + plan.num_steps - 1
         if slots.min() < 0 or slots.max() >= config.max_slots:
             fail(f"{step}: slots {slots.tolist()}, expected [0, {config.max_slots})")
         check(longest <= config.max_model_len, f"{step}: a row of {longest}, the limit is {config.max_model_len}")
+
+
+def check_turns(plan: StepPlan, config: RunnerConfig) -> None:
+    """Several turns are those of decode steps."""
+    step = f"step {plan.step_id}"
+    check(bool((plan.num_new == 1).all() and (plan.num_logits == 1).all()), f"{step}: several turns of other rows")
+    check(plan.num_rows <= config.max_turn_rows, f"{step}: several turns of {plan.num_rows} rows")
+    check(not plan.late_mask and plan.prompt_logprobs is None, f"{step}: several turns with a mask or prompt logprobs")
 
 
 def check_buckets(plan: StepPlan, config: RunnerConfig) -> None:

@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from engine.buckets import StepCost, most_turns, resolve_buckets, resolve_cost
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.runner import Capability, DeviceInfo, RunnerConfig, SamplerLimits
@@ -17,12 +18,16 @@ from engine.specs.arch import ArchSpec
 from engine.specs.cache import CacheLayout, GroupKind, GroupLayout, GroupSpec, PoolLayout, cache_groups
 from engine.specs.families.quantization import at_load
 from engine.specs.parallel import check_parallel
+from engine.specs.quant import Rules
 
 UNIT_TOKENS = 16
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8_e4m3": 1}
 DTYPE_SPELLINGS = {"half": "float16", "float": "float32", "fp8": "fp8_e4m3"}
 AUTO = -1  # of --max-model-len
 MOST_INVARIANT_LOGPROBS = 64  # what the kernel of raw logprobs ranks
+
+TURNS, TURNS_S, MOST_TURNS = 8, 0.02, 64  # of --num-scheduler-steps: at most so many of themselves, in so long
+HOST_TURN_ROWS = 4  # of such a step on a CPU: few rows, few programs
 
 GIB = 1 << 30
 FLASHINFER_HEAD_SIZES, FLASHINFER_DTYPES = (64, 128, 256), ("bfloat16", "float16")
@@ -58,7 +63,11 @@ def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolve
     page = resolve_page(config.cache.block_size, device)
     groups, ranks = cache_groups(arch), config.parallel.tensor_parallel_size
     check_tensor(ranks, arch, device)
-    row_buckets, token_buckets = resolve_buckets(device, seqs, batched)
+    check_replicas(config.parallel.data_parallel_size, ranks, device)
+    cost = resolve_cost(arch, DTYPE_BYTES[dtype], ranks, device, seqs)
+    replicas = config.parallel.data_parallel_size
+    turns, turn_rows = resolve_turns(config.schedule.num_scheduler_steps, replicas, device, cost, seqs)
+    row_buckets, token_buckets = resolve_buckets(device, seqs, batched, cost)
     runner = RunnerConfig(
         arch=arch,
         dtype=dtype,
@@ -70,6 +79,8 @@ def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolve
         row_buckets=row_buckets,
         max_batched_tokens=batched,
         max_in_flight=min(device.max_in_flight, 2) if config.schedule.async_scheduling else 1,
+        max_num_steps=turns,
+        max_turn_rows=turn_rows,
         sampler_limits=SamplerLimits(max_logprobs=min(config.model.max_logprobs, arch.vocab_size)),
         load_format=config.model.load_format,
         seed=config.model.seed,
@@ -77,6 +88,7 @@ def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolve
         attention_backend=attention,
         batch_invariant=config.batch_invariant,
         tensor_size=ranks,
+        num_replicas=config.parallel.data_parallel_size,
         executables=config.executables or "",
     )
     return Resolved(
@@ -100,8 +112,8 @@ def refuse_unsupported(config: EngineConfig) -> None:
     ):
         if value < 1:
             raise ConfigError(f"{flag}: {value} is not accepted; expected an integer >= 1")
-        if value > 1:
-            raise ConfigError(f"{flag}: {value} is not supported yet; use 1 (one device serves one engine today)")
+    if parallel.pipeline_parallel_size > 1:
+        raise ConfigError(f"--pipeline-parallel-size: {parallel.pipeline_parallel_size} is not supported yet; use 1")
     if config.model.trust_remote_code:
         raise ConfigError("--trust-remote-code: refused; twinfer never runs code of a checkpoint. Leave it out")
     if config.schedule.scheduling_policy not in ("fcfs", "priority"):
@@ -119,6 +131,22 @@ def check_tensor(size: int, arch: ArchSpec, device: DeviceInfo) -> None:
         raise ConfigError(
             f"--tensor-parallel-size: {size} is more than the {device.num_devices} devices that this backend drives "
             f"({device.name}); expected at most {device.num_devices}"
+        )
+
+
+def check_replicas(count: int, ranks: int, device: DeviceInfo) -> None:
+    """Whether this backend drives so many copies of the model, each on devices of its own."""
+    if count == 1:
+        return
+    if Capability.REPLICAS not in device.capabilities:
+        raise ConfigError(
+            f"--data-parallel-size: {count} is not supported by this backend on {device.name}; use --backend jax, or "
+            "start a server for each copy"
+        )
+    if count * ranks > device.num_devices:
+        raise ConfigError(
+            f"--data-parallel-size: {count} copies of {ranks} devices are more than the {device.num_devices} devices "
+            f"that this backend drives ({device.name})"
         )
 
 
@@ -141,9 +169,19 @@ def resolve_quantization(name: str | None, arch: ArchSpec, device: DeviceInfo) -
         where = "--quantization" if found is None else "config.json: quantization_config"
         raise ConfigError(f"{where}: {method!r} is not supported by this backend on {device.name}; use --backend torch")
     rules = () if arch.quant is None else arch.quant.rules
+    check_forms(rules, device)
     if device.kind == "cpu" and any(quant.scheme != "int8" or quant.act == "none" for _, quant in rules):
         return arch, (f"on a CPU weights of {method} are kept in the activations' type, as large as plain ones",)
     return arch, ()
+
+
+def check_forms(rules: Rules, device: DeviceInfo) -> None:
+    for _, quant in rules:
+        if quant.form not in device.weight_forms:
+            raise ConfigError(
+                f"config.json: quantization_config: weights of {quant.text} are not supported by this backend on "
+                f"{device.name} yet; expected {' or '.join(device.weight_forms)}, or --backend torch on a GPU"
+            )
 
 
 def resolve_dtype(name: str, arch: ArchSpec, device: DeviceInfo) -> str:
@@ -258,35 +296,34 @@ def resolve_batch(config: EngineConfig, device: DeviceInfo, max_model_len: int) 
     return seqs, tokens
 
 
+def resolve_turns(
+    given: int | None, replicas: int, device: DeviceInfo, cost: StepCost | None, seqs: int
+) -> tuple[int, int]:
+    """(most decode turns of a step, most rows of such a step): docs/performance.md has the measurements."""
+    able = Capability.MULTI_STEP in device.capabilities and replicas == 1
+    if given is None:
+        if not able or cost is None:
+            return 1, seqs
+        return most_turns(cost, TURNS, TURNS_S), min(seqs, HOST_TURN_ROWS) if device.kind == "cpu" else seqs
+    if not 1 <= given <= MOST_TURNS:
+        raise ConfigError(f"--num-scheduler-steps: {given} is not accepted; expected 1 .. {MOST_TURNS}")
+    if given > 1 and replicas > 1:
+        raise ConfigError(
+            f"--num-scheduler-steps: {given} with --data-parallel-size {replicas} is not supported yet; use 1"
+        )
+    if given > 1 and not able:
+        raise ConfigError(
+            f"--num-scheduler-steps: {given} is not supported by this backend on {device.name}; use --backend jax, or 1"
+        )
+    return given, seqs
+
+
 def resolve_page(block_size: int | None, device: DeviceInfo) -> int:
     """Tokens a page: a multiple of the prefix-cache unit."""
     page = device.page_tokens if block_size is None else block_size
     if page < UNIT_TOKENS or page % UNIT_TOKENS:
         raise ConfigError(f"--block-size: {page} is not accepted; expected a multiple of {UNIT_TOKENS}")
     return page
-
-
-def resolve_buckets(device: DeviceInfo, seqs: int, batched: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(row buckets, token buckets), ascending; empty where the device takes any shape."""
-    if device.bucket_style == "exact":
-        return (), ()
-    # decode steps have one token a row; beyond that, prefill chunks
-    if device.kind == "cpu":  # a program costs a second or two to compile, a few padded rows next to nothing
-        rows = tuple(n for n in powers_to(1, seqs) if n != 2 or seqs == 2)
-        chunks = powers_to(128, batched, 4)
-    else:
-        rows = powers_to(1, seqs)
-        chunks = powers_to(64, batched)
-    return rows, tuple(sorted({*rows, *chunks}))
-
-
-def powers_to(first: int, last: int, factor: int = 2) -> tuple[int, ...]:
-    """first, factor * first, ... and `last` itself."""
-    values = []
-    while first < last:
-        values.append(first)
-        first *= factor
-    return (*values, last)
 
 
 def plan_cache(
@@ -388,8 +425,9 @@ def pages_of(resolved: Resolved, length: int) -> list[int]:
     pool_of, pools = share_pools(resolved.groups)
     page = resolved.runner.page_tokens[0]
     need = [0] * len(pools)
+    chunk = max(resolved.max_num_batched_tokens, resolved.runner.max_in_flight * resolved.runner.max_num_steps)
     for pool, group in zip(pool_of, resolved.groups, strict=True):
-        need[pool] += -(-tokens_per_sequence(group, length, resolved.max_num_batched_tokens, page) // page)
+        need[pool] += -(-tokens_per_sequence(group, length, chunk, page) // page)
     return need
 
 

@@ -7,7 +7,7 @@ which they were submitted; at most `RunnerConfig.max_in_flight` are open. backen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from importlib import import_module
@@ -17,7 +17,9 @@ from typing import Protocol
 from engine.errors import ConfigError
 from engine.specs.arch import ArchSpec
 from engine.specs.cache import CacheLayout
+from engine.specs.executables import Compiled
 from engine.specs.manifest import Part
+from engine.specs.quant import FORMS
 from engine.specs.weights import ParamSpec, RawTensor
 from engine.step import I32, U32, Event, StepPlan, StepResult
 
@@ -56,6 +58,7 @@ class DeviceInfo:
     kv_dtypes: tuple[str, ...] = ()  # of KV pages, besides supported_dtypes
     attention_backends: tuple[str, ...] = ()  # values of --attention-backend, besides auto
     quantization: tuple[str, ...] = ()  # values of --quantization whose checkpoints can be loaded
+    weight_forms: tuple[str, ...] = FORMS  # of weights in few bits, see specs/quant.py
     bucket_style: str = "pow2"  # "pow2": few, coarse shapes (compiled); "exact": any shape, no padding
 
 
@@ -97,6 +100,8 @@ class RunnerConfig:
     num_replicas: int = 1
     tensor_size: int = 1  # devices of this process that share every layer
     max_in_flight: int = 2
+    max_num_steps: int = 1  # most decode turns of a step, see StepPlan.num_steps
+    max_turn_rows: int = 1 << 20  # most rows of a step of several turns
     sampler_limits: SamplerLimits = field(default_factory=SamplerLimits)
     load_format: str = "auto"  # "auto" | "safetensors" | "orbax" | "dummy"
     seed: int = 0  # of dummy weights
@@ -203,6 +208,10 @@ class CheckpointWriter(Protocol):
         """Write every parameter under `target`, in bounded memory."""
 
 
+Measure = Callable[[list[str]], list[tuple[int, int]]]
+"""Names of programs -> (scratch, code) bytes of each."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
     """A bundle that was written."""
@@ -220,11 +229,25 @@ class ExecutableBuilder(Protocol):
 
     def configure(self, config: RunnerConfig) -> None: ...
 
-    def cache_budget_bytes(self) -> int:
-        """As ModelRunner's, with the weights counted as if they were loaded."""
+    def key(self) -> dict[str, str]:
+        """What the programs depend on, field -> text."""
 
-    def build(self, layout: CacheLayout, folder: Path, progress: Progress) -> Built:
-        """Compile every program and write the new folder. progress: "programs" """
+    def sizes(self, name: str) -> tuple[int, int]:
+        """(scratch, code) bytes of a program, compiled for few pages."""
+
+    def cache_budget_bytes(self, measure: Measure | None = None) -> int:
+        """As ModelRunner's, with the weights counted as if they were loaded. measure: `sizes` elsewhere."""
+
+    def compile(self, layout: CacheLayout, name: str) -> Compiled: ...
+
+    def build(
+        self,
+        layout: CacheLayout,
+        folder: Path,
+        progress: Progress,
+        elsewhere: Callable[[list[str]], Iterable[Compiled]] | None = None,
+    ) -> Built:
+        """Compile every program and write the new folder. progress: "programs". elsewhere: `compile` of all names."""
 
 
 BUILDERS = {"jax": "backends.jax.build"}

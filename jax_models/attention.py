@@ -13,7 +13,7 @@ from jax import Array
 
 from engine.specs import arch
 from jax_models.layers import rms_norm, rotate
-from jax_models.linear import linear, linear_sum
+from jax_models.linear import linear, linear_sum, weight_of
 from pallas_kernels.dispatch import Work, paged_attention
 
 
@@ -23,11 +23,11 @@ class Attention(nnx.Module):
     def __init__(self, spec: arch.Attention, norms: arch.Norms, params: Mapping[str, Array]) -> None:
         self.spec = spec
         self.norms = norms
-        self.qkv = params["qkv"]  # [(N + 2K) * H, D]
+        self.qkv = nnx.data(weight_of(params, "qkv"))  # [(N + 2K) * H, D]
         self.qkv_bias = params.get("qkv_bias")  # [(N + 2K) * H]
         self.q_norm = params.get("q_norm")  # [H]
         self.k_norm = params.get("k_norm")  # [H]
-        self.o = params["o"]  # [D, N * H]
+        self.o = nnx.data(weight_of(params, "o"))  # [D, N * H]
         self.o_bias = params.get("o_bias")  # [D]
 
     def __call__(

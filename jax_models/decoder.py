@@ -19,7 +19,9 @@ from engine.specs.rope import frequencies
 from jax_models.attention import Attention
 from jax_models.ffn import GatedFfn
 from jax_models.layers import embed, head, rms_norm
+from jax_models.linear import weight_of
 from pallas_kernels.dispatch import Work
+from pallas_kernels.ranks import all_tokens
 
 Params = Mapping[str, Any]
 """{"embed", "final_norm", "head" (absent when tied), "layers": one mapping of part name -> array a layer}"""
@@ -40,13 +42,14 @@ class Layer(nnx.Module):
     def __call__(
         self, x: Array, cos: Array | None, sin: Array | None, cache: Array, layer_index: int, work: Work
     ) -> tuple[Array, Array]:
-        """x: [T, D] -> ([T, D], cache)."""
+        """x: [T, D], or a rank's tokens of it (ranks.split_over) -> (the same, cache)."""
         eps, offset = self.spec.norms.eps, self.spec.norms.offset
-        mixed, cache = self.mixer(rms_norm(x, self.attn_norm, eps, offset), cos, sin, cache, layer_index, work)
+        normed = all_tokens(rms_norm(x, self.attn_norm, eps, offset))
+        mixed, cache = self.mixer(normed, cos, sin, cache, layer_index, work)
         if self.spec.norms.sandwich:
             mixed = rms_norm(mixed, self.post_attn_norm, eps, offset)
         x = x + mixed
-        fed = self.ffn(rms_norm(x, self.ffn_norm, eps, offset))
+        fed = self.ffn(all_tokens(rms_norm(x, self.ffn_norm, eps, offset)))
         if self.spec.norms.sandwich:
             fed = rms_norm(fed, self.post_ffn_norm, eps, offset)
         return x + fed, cache
@@ -61,7 +64,7 @@ class Decoder(nnx.Module):
         self.embed = params["embed"]  # [V, D]
         self.layers = nnx.List([Layer(layer, part) for layer, part in zip(spec.layers, params["layers"], strict=True)])
         self.final_norm = params["final_norm"]  # [D]
-        self.head = params["embed"] if spec.tied_embeddings else params["head"]  # [V, D]
+        self.head = nnx.data(params["embed"] if spec.tied_embeddings else weight_of(params, "head"))  # [V, D]
 
     def __call__(
         self,
@@ -82,7 +85,7 @@ class Decoder(nnx.Module):
             cos, sin = turns[layer.spec.mixer.rope]
             x, caches[pool] = layer(x, cos, sin, caches[pool], layer_index, works[group])
         norm = self.spec.final_norm
-        return rms_norm(x, self.final_norm, norm.eps, norm.offset), caches
+        return all_tokens(rms_norm(x, self.final_norm, norm.eps, norm.offset)), caches
 
     def turns(self, positions: Array) -> dict[arch.RopeSpec | None, tuple[Array | None, Array | None]]:
         """cos and sin, f32 [T, R / 2], of each kind of rope among the layers. positions: i32 [T]."""

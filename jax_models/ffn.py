@@ -10,7 +10,7 @@ from jax import Array
 
 from engine.specs import arch
 from jax_models.layers import ACTIVATIONS
-from jax_models.linear import linear, linear_sum
+from jax_models.linear import linear, linear_sum, weight_of
 
 
 class GatedFfn(nnx.Module):
@@ -18,9 +18,9 @@ class GatedFfn(nnx.Module):
 
     def __init__(self, spec: arch.GatedFfn, params: Mapping[str, Array]) -> None:
         self.spec = spec
-        self.gate_up = params["gate_up"]  # [2F, D]
+        self.gate_up = nnx.data(weight_of(params, "gate_up"))  # [2F, D]
         self.gate_up_bias = params.get("gate_up_bias")  # [2F]
-        self.down = params["down"]  # [D, F]
+        self.down = nnx.data(weight_of(params, "down"))  # [D, F]
         self.down_bias = params.get("down_bias")  # [D]
 
     def __call__(self, x: Array) -> Array:

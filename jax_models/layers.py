@@ -12,6 +12,7 @@ from jax import Array, lax
 
 from engine.specs.arch import ArchSpec
 from pallas_kernels.dispatch import linear_f32, take_split_rows
+from pallas_kernels.quant_linear import Weight
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -43,7 +44,7 @@ def embed(token_ids: Array, table: Array, scale: float) -> Array:
     return rows if scale == 1.0 else rows * jnp.asarray(scale, table.dtype)
 
 
-def head(hidden: Array, table: Array, spec: ArchSpec) -> Array:
+def head(hidden: Array, table: Weight, spec: ArchSpec) -> Array:
     """Logits f32 [T, V]. hidden: [T, D], already normed; table: [V, D]."""
     logits = linear_f32(hidden, table)
     if spec.logit_scale != 1.0:

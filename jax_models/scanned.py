@@ -16,7 +16,9 @@ from jax import Array, lax
 from engine.specs.arch import ArchSpec
 from jax_models.decoder import Decoder, Layer, Params
 from jax_models.layers import embed, rms_norm
+from jax_models.linear import weight_of
 from pallas_kernels.dispatch import Work
+from pallas_kernels.ranks import all_tokens
 
 
 class ScannedDecoder(Decoder):
@@ -31,7 +33,7 @@ class ScannedDecoder(Decoder):
         self.stacks = nnx.data(params["stacks"])
         self.stack_places = dict(stack_places)
         self.final_norm = params["final_norm"]  # [D]
-        self.head = params["embed"] if spec.tied_embeddings else params["head"]  # [V, D]
+        self.head = nnx.data(params["embed"] if spec.tied_embeddings else weight_of(params, "head"))  # [V, D]
 
     def __call__(
         self,
@@ -64,4 +66,4 @@ class ScannedDecoder(Decoder):
 
             (x, caches), _ = lax.scan(body, (x, caches), indexes)
         norm = self.spec.final_norm
-        return rms_norm(x, self.final_norm, norm.eps, norm.offset), caches
+        return all_tokens(rms_norm(x, self.final_norm, norm.eps, norm.offset)), caches

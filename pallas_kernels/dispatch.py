@@ -6,9 +6,7 @@ Letters: T tokens · S rows · N query heads · K KV heads · H head size · L l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,12 +14,27 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import cpu_attention, cpu_gemm, cpu_layer, cpu_linear, gpu_attention, tpu_attention, tpu_sampling
+from pallas_kernels import (
+    cpu_attention,
+    cpu_gemm,
+    cpu_layer,
+    cpu_linear,
+    gpu_attention,
+    quant_linear,
+    ranks,
+    tpu_attention,
+    tpu_sampling,
+)
 from pallas_kernels import paged_attention as plain
 from pallas_kernels.cpu_library import library
 
-RANKS: ContextVar[str | None] = ContextVar("RANKS", default=None)
-"""The mesh axis of the program that is being traced, None: one device has all."""
+ATTENTION: Mapping[str, Callable[..., tuple[Array, Array]]] = {
+    "plain": plain.paged_attention,
+    "cpu": cpu_attention.paged_attention,
+    "gpu": gpu_attention.paged_attention,
+    "gpu_interpreted": partial(gpu_attention.paged_attention, interpret=True),
+}
+split_over = ranks.split_over
 TILE_TOKENS = 128
 """Query tokens of one prefill tile of the plain kernel."""
 
@@ -33,7 +46,7 @@ class Work:
     Row r owns tokens [query_starts[r], query_starts[r] + num_new[r]) of the step, at positions from num_computed[r] on.
     """
 
-    kernel: str  # "plain" | "cpu" | "gpu" | "tpu" | "tpu_interpreted"
+    kernel: str  # "plain" | "cpu" | "gpu" | "tpu"; "gpu_interpreted", "tpu_interpreted" in tests
     page_tokens: int
     num_rows: Array  # i32 []
     page_table: Array  # i32 [S, max_pages]
@@ -49,8 +62,10 @@ class Work:
     lists: tpu_attention.Rounds | None = None  # of the tpu kernels
 
 
-def linear(x: Array, weight: Array) -> Array:
+def linear(x: Array, weight: quant_linear.Weight) -> Array:
     """x @ weight.T of x's dtype, rounded once. x: [M, K]; weight: [N, K]."""
+    if isinstance(weight, quant_linear.QuantWeight):
+        return linear_f32(x, weight).astype(x.dtype)
 
     def plain_linear(x: Array, weight: Array) -> Array:
         return linear_f32(x, weight).astype(x.dtype)
@@ -61,8 +76,10 @@ def linear(x: Array, weight: Array) -> Array:
     return plain_linear(x, weight)
 
 
-def linear_f32(x: Array, weight: Array) -> Array:
-    """x @ weight.T, f32 [M, N]. x: [M, K]; weight: [N, K]."""
+def linear_f32(x: Array, weight: quant_linear.Weight, is_part: bool = False) -> Array:
+    """x @ weight.T, f32 [M, N]. x: [M, K]; weight: [N, K]. is_part: x and weight are a rank's part of all inputs."""
+    if isinstance(weight, quant_linear.QuantWeight):
+        return quant_linear_f32(x, weight, ranks.axis() if is_part else None)
 
     def plain_linear(x: Array, weight: Array) -> Array:
         # XLA:CPU is fast in bfloat16 only when it is asked for float32
@@ -76,34 +93,30 @@ def linear_f32(x: Array, weight: Array) -> Array:
     return plain_linear(x, weight)
 
 
-@contextmanager
-def split_over(axis: str) -> Iterator[None]:
-    """While a program is traced inside: it is one rank's, and the ranks are the mesh axis `axis`."""
-    token = RANKS.set(axis)
-    try:
-        yield
-    finally:
-        RANKS.reset(token)
-
-
-def is_split() -> bool:
-    return RANKS.get() is not None
-
-
-def sum_ranks(x: Array) -> Array:
-    """The sum over all ranks."""
-    return lax.psum(x, RANKS.get())
+def quant_linear_f32(x: Array, weight: quant_linear.QuantWeight, axis: str | None) -> Array:
+    """axis: the mesh axis over which x and weight are split."""
+    if not weight.rounded:
+        wide = weight.data.astype(x.dtype)  # a TPU does so on the way to its matrix unit
+        return linear_f32(x, wide) * weight.scale
+    if weight.rounded == "blocks":
+        if axis is not None and x.shape[1] % quant_linear.BLOCK:
+            raise ValueError(f"{x.shape[1]} inputs of a rank are no whole blocks of {quant_linear.BLOCK}")
+        return linear_f32(quant_linear.round_blocks(x).astype(weight.data.dtype), weight.data) * weight.scale
+    codes, scale = quant_linear.round_inputs(x, weight, axis)
+    if weight.data.dtype in (jnp.int8, jnp.float8_e4m3fn):
+        return quant_linear.product(codes, weight.data) * scale * weight.scale
+    return linear_f32(codes.astype(weight.data.dtype), weight.data) * scale * weight.scale
 
 
 def take_split_rows(table: Array, index: Array) -> Array:
     """table[index] where each rank has a part of the table, [V / ranks, D], rows in order of ranks."""
-    axis = RANKS.get()
+    axis = ranks.axis()
     if axis is None:
         return take_rows(table, index)
     own = index - lax.axis_index(axis) * table.shape[0]
     inside = (own >= 0) & (own < table.shape[0])
     rows = take_rows(table, jnp.where(inside, own, 0))
-    return lax.psum(jnp.where(inside[:, None], rows, 0), axis)
+    return ranks.sum_ranks(jnp.where(inside[:, None], rows, 0), table.dtype)
 
 
 def take_rows(table: Array, index: Array) -> Array:
@@ -122,8 +135,21 @@ def take_rows(table: Array, index: Array) -> Array:
 
 
 def least_rows(platform: str, dtype: str) -> int:
-    """Rows below which a product is padded: XLA:CPU multiplies a single bfloat16 row ten times slower than two."""
+    """Rows below which a product is padded.
+
+    XLA:CPU multiplies a single bfloat16 row ten times slower than two. On an H200 a step of one row took 4.76 ms where
+    one of eight took 4.63 (8B shape), 3.3 and 1.5 (0.6B).
+    """
+    if platform == "gpu":
+        return 8
     return 2 if platform == "cpu" and dtype == "bfloat16" and library() is None else 1
+
+
+def kernel_for(platform: str, head_size: int, kv_dtype: str) -> str:
+    """The attention kernel for a cache: pages of fp8 are a TPU's, and plain XLA's."""
+    if kv_dtype == "fp8_e4m3" and platform != "tpu":
+        return "plain"
+    return choose_kernel(platform, head_size)
 
 
 def choose_kernel(platform: str, head_size: int) -> str:
@@ -135,10 +161,10 @@ def choose_kernel(platform: str, head_size: int) -> str:
     return "cpu" if platform == "cpu" and cpu_attention.available(head_size) else "plain"
 
 
-def choose_likely(platform: str, vocab_size: int, ranks: int) -> str:
-    """Who drops unlikely ids before sampling, for keep_likely; "plain": the caller. Ranks have logits in parts, which
-    XLA joins and a kernel does not."""
-    return "tpu" if platform == "tpu" and ranks == 1 and vocab_size % tpu_sampling.LANES == 0 else "plain"
+def choose_likely(platform: str, vocab_size: int, devices: int) -> str:
+    """Who drops unlikely ids before sampling, for keep_likely; "plain": the caller. Several devices have logits in
+    parts, which XLA partitions and a kernel not."""
+    return "tpu" if platform == "tpu" and devices == 1 and vocab_size % tpu_sampling.LANES == 0 else "plain"
 
 
 def keep_likely(logits: Array, min_p: Array, top_k: Array, top_p: Array, kernel: str) -> Array:
@@ -180,9 +206,9 @@ def cache_heads_axis(kernel: str) -> int:
 
 
 def cache_dtype(kv_dtype: str, platform: str) -> jnp.dtype:
-    """How the cache is stored: on the CPU bfloat16 lies as uint16 bits, XLA would widen the whole cache otherwise."""
+    """How the cache is stored: on the CPU narrow numbers lie as bits, XLA would widen the whole cache otherwise."""
     if kv_dtype == "fp8_e4m3":
-        return jnp.dtype(jnp.float8_e4m3fn)
+        return jnp.dtype("uint8" if platform == "cpu" else "float8_e4m3fn")
     return jnp.dtype("uint16" if kv_dtype == "bfloat16" and platform == "cpu" else kv_dtype)
 
 
@@ -222,10 +248,7 @@ def paged_attention(
         raise ValueError(f"Int8Pages: the {work.kernel} kernel does not take them, those of a TPU do")
     if cache.shape[2:] != (2, kv_heads, work.page_tokens, size):
         raise ValueError(f"cache {cache.shape} does not hold pages of {work.page_tokens} tokens of k {k.shape}")
-    attend = cpu_attention.paged_attention if work.kernel == "cpu" else plain.paged_attention
-    if work.kernel == "gpu":
-        attend = partial(plain.paged_attention, kernels=(gpu_attention.attend_decode, gpu_attention.attend_tiles))
-    return attend(
+    return ATTENTION[work.kernel](
         q,
         k,
         v,

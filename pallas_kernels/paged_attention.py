@@ -8,14 +8,13 @@ Letters: T tokens · S rows · N query heads · K KV heads · G = N / K · H hea
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 from jax import Array, lax
 
 DECODE_GROUP = 8  # rows attended together: they cost as much as the longest of them
 BLOCK_TOKENS = 256  # keys of a prefill block
 TILE_TOKENS = 128
+E4M3_MAX = 448.0
 MASKED = -1e30  # finite, so that a tile of masked keys alone gives no NaN
 
 
@@ -40,27 +39,15 @@ def paged_attention(
     scale: float,
     window: int | None,
     logit_cap: float | None,
-    kernels: tuple[Callable[..., Array], Callable[..., Array]] | None = None,
 ) -> tuple[Array, Array]:
-    """Arguments as dispatch.paged_attention and dispatch.Work have them. kernels: gpu_attention's two, for its part."""
+    """Arguments as dispatch.paged_attention and dispatch.Work have them."""
     del num_rows  # padding rows have num_new == 0
     cache = write(k, v, cache, layer_index, write_page, write_offset)
     tokens, heads, size = q.shape
-    narrow = q
     q = q.astype(jnp.float32).reshape(tokens, k.shape[1], -1, size) * scale  # [T, K, G, H]
     rows = Rows(page_table, query_starts, num_new, num_computed)
     limits = Limits(window, logit_cap)
     out = jnp.zeros(q.shape, jnp.float32)
-    if kernels is not None:
-        limited = {"scale": scale, "window": window, "logit_cap": logit_cap}
-        one = num_new == 1
-        mine, seen = jnp.where(one, query_starts, 0), jnp.where(one, num_computed + 1, 0)
-        found = kernels[0](narrow[mine], cache, layer_index, seen, page_table, **limited)
-        out = jnp.zeros(narrow.shape, jnp.float32).at[jnp.where(one, query_starts, tokens)].set(found, mode="drop")
-        if tokens > 1:
-            spans, tiles = (query_starts, num_new, num_computed), (tile_rows, tile_starts, num_tiles)
-            out = kernels[1](narrow, out, cache, layer_index, page_table, spans, tiles, **limited)
-        return out.astype(k.dtype), cache
     out = attend_decode(q, out, cache, layer_index, rows, limits, decode_order)
     if tokens > 1:
         tile = min(tokens, TILE_TOKENS)
@@ -107,6 +94,9 @@ def write(k: Array, v: Array, cache: Array, layer_index: int | Array, page: Arra
     both = jnp.where(jnp.isfinite(both), both, 0)  # a masked key has weight 0, and 0 * NaN would reach other rows
     if cache.dtype == jnp.uint16:
         both = lax.bitcast_convert_type(both.astype(jnp.bfloat16), jnp.uint16)
+    elif cache.dtype in (jnp.uint8, jnp.float8_e4m3fn):
+        both = jnp.clip(both, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)  # beyond is NaN
+        both = lax.bitcast_convert_type(both, cache.dtype)
     both = both.astype(cache.dtype)
     return lax.platform_dependent(cache, both, layer_index, page, offset, cpu=put_each, default=put_all)
 
@@ -133,6 +123,8 @@ def read(cache: Array, layer_index: int, pages: Array) -> tuple[Array, Array]:
     block = cache.at[layer_index, pages].get(mode="promise_in_bounds")
     if block.dtype == jnp.uint16:
         block = lax.bitcast_convert_type(block, jnp.bfloat16)
+    if block.dtype == jnp.uint8:
+        block = lax.bitcast_convert_type(block, jnp.float8_e4m3fn)
     block = block.astype(jnp.float32)
     return block[:, 0], block[:, 1]
 

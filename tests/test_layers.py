@@ -24,7 +24,7 @@ LAYERS = (
     {"step"},
     {"request"},
     {"runner", "opened"},
-    {"plan_rules"},
+    {"plan_rules", "buckets"},
     {"resolve", "features", "metrics"},
     {"memory"},
     {"capacity"},

@@ -21,13 +21,22 @@ import jax
 import numpy as np
 from jaxlib import xla_client
 
-from backends.jax.compile import Name, Program
+from backends.jax.compile import Program, text_of
 from backends.jax.key import key_of
 from backends.jax.split import Split
 from backends.jax.tables import Rows, Tables
 from engine.errors import check, fail
 from engine.runner import RunnerConfig
-from engine.specs.executables import Manifest, canonical, check_key, digest, read_manifest, read_program, refuse
+from engine.specs.executables import (
+    Compiled,
+    Manifest,
+    canonical,
+    check_key,
+    digest,
+    read_manifest,
+    read_program,
+    refuse,
+)
 
 RECORDS = {"Rows": Rows, "Tables": Tables}
 
@@ -68,16 +77,10 @@ def args_digest(program: Program) -> str:
     return digest(canonical(describe(program.args)))
 
 
-def text_of(name: Name) -> str:
-    """("forward", 128) -> forward-128."""
-    return "-".join(map(str, name))
-
-
 # programs
 
 
-def serialise(program: Program, compiled: jax.stages.Compiled) -> tuple[str, bytes, str, Any]:
-    """(name, bytes, digest of arguments, tree of results), as a bundle holds it."""
+def serialise(program: Program, compiled: jax.stages.Compiled) -> Compiled:
     executable = compiled.runtime_executable()
     leaves = len(jax.tree_util.tree_leaves(program.args))
     check(len(executable.get_parameter_layouts()) == leaves, f"{program.name} has hidden parameters")
@@ -94,12 +97,15 @@ class Loaded:
     def __init__(self, executable: Any, program: Program, out: Any, split: Split) -> None:
         self._executable = executable
         self._execute = executable.execute_sharded
-        self._hosted = [
-            (index, jax.core.ShapedArray(arg.shape, arg.dtype))
-            for index, arg in enumerate(program.args)
-            if isinstance(arg, jax.ShapeDtypeStruct)
-        ]  # arguments that may come from the host
-        self._sharding, self._devices = split.sharding(), list(split.devices)
+        self._devices = list(split.devices)
+        # arguments that may come from the host: which, of what shape, where they lie, which part on each device
+        self._hosted = []
+        for index, arg in enumerate(program.args):
+            if isinstance(arg, jax.ShapeDtypeStruct):
+                sharding = arg.sharding or split.sharding()
+                parts = sharding.devices_indices_map(arg.shape)
+                own = [parts[device] for device in self._devices]
+                self._hosted.append((index, jax.core.ShapedArray(arg.shape, arg.dtype), sharding, own))
         self._out = jax.tree_util.tree_structure(out)
         self._results = results_of(out, program, split)
         self._params: dict[str, Any] = {}
@@ -107,13 +113,13 @@ class Loaded:
 
     def __call__(self, *args: Any) -> Any:
         given = list(args)
-        for index, aval in self._hosted:
+        for index, aval, sharding, parts in self._hosted:
             array = given[index]
             if isinstance(array, np.ndarray):
                 if array.shape != aval.shape or array.dtype != aval.dtype:
                     fail(f"argument {index} is {array.dtype} {array.shape}, not {aval}")
-                copies = [array] * len(self._devices)
-                given[index] = xla_client.batched_device_put(aval, self._sharding, copies, self._devices)
+                copies = [array[part] for part in parts]
+                given[index] = xla_client.batched_device_put(aval, sharding, copies, self._devices)
         results = self._execute(self._leaves(given)).disassemble_into_single_device_arrays()
         if len(self._devices) == 1:
             return jax.tree_util.tree_unflatten(self._out, [shards[0] for shards in results])

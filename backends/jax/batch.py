@@ -8,6 +8,7 @@ Letters: T padded tokens · S padded rows · D page-table changes a group that a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from jax import Array
@@ -54,6 +55,13 @@ def packed_size(shape: Shape) -> int:
     return sum(fields(shape).values())
 
 
+def places_of(shape: Shape) -> dict[str, slice]:
+    """Where each part lies in the packed array."""
+    sizes = fields(shape)
+    ends = accumulate(sizes.values())
+    return {name: slice(end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}
+
+
 def unpack(packed: Array, shape: Shape) -> dict[str, Array]:
     """packed: i32 [packed_size] -> named slices; numbers have shape []."""
     parts: dict[str, Array] = {}
@@ -71,11 +79,7 @@ class Packer:
     def __init__(self, shape: Shape, null_slot: int) -> None:
         self.shape = shape
         self._template = np.zeros(packed_size(shape), np.int32)
-        self._at: dict[str, slice] = {}
-        start = 0
-        for name, size in fields(shape).items():
-            self._at[name] = slice(start, start + size)
-            start += size
+        self._at = places_of(shape)
         for name in self._at:
             if name in ("slots", "logit_slots") or name.startswith("delta_slots"):
                 self._template[self._at[name]] = null_slot

@@ -22,7 +22,7 @@ def cache_shapes(layout: CacheLayout, split: Split) -> list[jax.ShapeDtypeStruct
     """One array a pool, as dispatch lays it out, the ranks' heads one after another. A pool tells its rank's heads."""
     found = []
     for pool in layout.pools:
-        kernel = dispatch.choose_kernel(split.platform, pool.head_size)
+        kernel = dispatch.kernel_for(split.platform, pool.head_size, layout.kv_dtype)
         heads = pool.num_kv_heads * split.size
         shape = dispatch.cache_shape(kernel, pool.num_layers, pool.num_pages, pool.page_tokens, heads, pool.head_size)
         axis = dispatch.cache_heads_axis(kernel)

@@ -20,6 +20,11 @@ from engine.errors import check, fail
 Name = tuple[str, *tuple[int, ...]]
 
 
+def text_of(name: Name) -> str:
+    """("forward", 128) -> forward-128."""
+    return "-".join(map(str, name))
+
+
 @dataclass(frozen=True, slots=True)
 class Program:
     """A function and the shapes that it is compiled for, whole on each device where they do not say otherwise.

@@ -39,16 +39,17 @@ class Traits:
     max_model_len: int
     kernels: tuple[str, ...]  # one a group
     null_slot: int
-    block_rows: int  # rows of logits computed at once
+    block_rows: int  # rows of logits computed at once, where any is wanted; 0: all, always
     ranks: int = 1  # devices that share every layer
+    split_tokens: int = 0  # steps of so many tokens and more are split over the ranks between products, 0 = none
     stacks: dict[int, tuple[int, int]] = field(default_factory=dict)  # where a layer's stacked weights lie
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A mesh, and how params and caches lie on it: a PartitionSpec for each array."""
+    """A mesh, None = that of the program around; how params and caches lie on it: a PartitionSpec for each array."""
 
-    mesh: Mesh
+    mesh: Mesh | None
     params: Any
     caches: Any
 
@@ -77,16 +78,23 @@ def split_forward(
     whole = PartitionSpec()
 
     def of_rank(params: dict[str, Any], caches: list[Array], rows: Rows, packed: Array) -> Any:
-        with split_over(AXIS):
+        with split_over(AXIS, tokens=splits_tokens(traits, shape)):
             return forward(params, caches, rows, packed, traits=traits, shape=shape)
 
     return jax.shard_map(
         of_rank,
         mesh=spread.mesh,
+        # a kernel wants every axis split by hand: beside replicas that of theirs is already
+        axis_names={AXIS} if spread.mesh is None else set(spread.mesh.axis_names),
         in_specs=(spread.params, spread.caches, whole, whole),
         out_specs=(spread.caches, whole, PartitionSpec(None, AXIS), whole, whole),
         check_vma=False,
     )(params, caches, rows, packed)
+
+
+def splits_tokens(traits: Traits, shape: Shape) -> bool:
+    """Whether a rank norms and adds its own part of the tokens: sums are scattered, and gathered before products."""
+    return 0 < traits.split_tokens <= shape.tokens and shape.tokens % traits.ranks == 0
 
 
 def forward(
@@ -144,9 +152,13 @@ def make_decoder(params: dict[str, Any], traits: Traits, tokens: int) -> Decoder
     if "stacks" in params:
         return ScannedDecoder(arch, params, traits.max_model_len, traits.stacks)
     dtype = params["embed"].dtype.name
-    whole = traits.ranks == 1 and all(
-        has_whole_layers(kernel, tokens, group.spec.head_size, dtype)
-        for kernel, group in zip(traits.kernels, traits.layout.groups, strict=True)
+    whole = (
+        traits.ranks == 1
+        and arch.quant is None
+        and all(
+            has_whole_layers(kernel, tokens, group.spec.head_size, dtype)
+            for kernel, group in zip(traits.kernels, traits.layout.groups, strict=True)
+        )
     )
     return (FusedDecoder if whole else Decoder)(arch, params, traits.max_model_len)
 
@@ -192,6 +204,8 @@ def head_rows(decoder: Decoder, hidden: Array, step: dict[str, Array], block: in
     """Logits of the sampling rows, f32 [S, V]; blocks without such a row are left zero."""
     chosen = hidden[step["logit_rows"]]  # [S, D]
     num_rows = chosen.shape[0]
+    if not block:
+        return decoder.logits(chosen)
     if num_rows <= block:
         zeros = jnp.zeros((num_rows, decoder.head.shape[0]), jnp.float32)
         return lax.cond(step["num_logits"] > 0, lambda x: decoder.logits(x), lambda _: zeros, chosen)

@@ -23,12 +23,15 @@ from pallas_kernels import cpu_library
 SHAPING = {
     "dtype": "--dtype",
     "tensor_size": "--tensor-parallel-size",
+    "num_replicas": "--data-parallel-size",
     "kv_dtype": "--kv-cache-dtype",
     "max_slots": "--max-num-seqs",
     "max_model_len": "--max-model-len",
     "page_tokens": "--block-size",
     "token_buckets": "--max-num-batched-tokens",
     "row_buckets": "row buckets",
+    "max_num_steps": "--num-scheduler-steps",
+    "max_turn_rows": "rows of several turns",
     "sampler_limits": "--max-logprobs",
 }
 """Fields of RunnerConfig that programs depend on, besides arch, and what the key calls them: the flag behind each."""

@@ -29,7 +29,7 @@ def load_weights(
     if config.load_format != "orbax" and not (config.load_format == "auto" and is_orbax(folder)):
         return load_params(config.arch, stream_params(folder, config.arch, progress), config.dtype, split)
     try:
-        from backends.jax import orbax
+        from backends.jax import restore
     except ImportError as error:
         raise ConfigError(f"--load-format: orbax: {error}; install it with pip install 'twinfer[orbax]'") from error
-    return orbax.load(folder, config.arch, config.dtype, split, progress)
+    return restore.load(folder, config.arch, config.dtype, split, progress)

@@ -17,8 +17,17 @@ from backends.jax.split import Split
 from engine.errors import ConfigError
 from engine.runner import Capability, DeviceInfo
 from engine.specs.chips import parse_slice
+from engine.specs.quant import FORMS
 
-CAPABILITIES = frozenset({Capability.LATE_MASK, Capability.PROMPT_LOGPROBS, Capability.EXECUTABLES})
+CAPABILITIES = frozenset(
+    {
+        Capability.LATE_MASK,
+        Capability.MULTI_STEP,
+        Capability.PROMPT_LOGPROBS,
+        Capability.EXECUTABLES,
+        Capability.REPLICAS,
+    }
+)
 PAGE_TOKENS = {"cpu": 64, "gpu": 64, "tpu": 128}
 WITHOUT_A_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -46,14 +55,19 @@ class Target:
         """(total, free) bytes of a device."""
         return memory(self.devices[0]) if self.hbm_bytes is None else (self.hbm_bytes, self.hbm_bytes)
 
-    def split(self, size: int) -> Split:
-        """The first `size` devices. Raises ConfigError."""
-        if size > len(self.devices):
+    def split(self, size: int, replicas: int = 1) -> Split:
+        """The first devices, `size` a replica. Raises ConfigError."""
+        if size * replicas > len(self.devices):
+            asked = f"--tensor-parallel-size: {size}"
+            if replicas > 1:
+                asked = f"--data-parallel-size: {replicas} x --tensor-parallel-size {size}"
             raise ConfigError(
-                f"--tensor-parallel-size: {size} is more than the {len(self.devices)} devices that jax has "
-                f"({self.devices[0].device_kind})"
+                f"{asked} is more than the {len(self.devices)} devices that jax has ({self.devices[0].device_kind})"
             )
-        return Split(self.devices[:size])
+        return Split(self.devices[: size * replicas], replicas)
+
+
+QUANTIZATION = ("fp8", "compressed-tensors", "awq", "gptq")
 
 
 def describe(target: Target) -> DeviceInfo:
@@ -69,6 +83,9 @@ def describe(target: Target) -> DeviceInfo:
         page_tokens=PAGE_TOKENS.get(device.platform, 64),
         default_dtype="float32" if device.platform == "cpu" else "bfloat16",
         supported_dtypes=("float32", "bfloat16"),
+        kv_dtypes=("fp8_e4m3",) if device.platform in ("cpu", "tpu") else (),
+        quantization=QUANTIZATION,
+        weight_forms=("fp8", "int8") if device.platform == "tpu" else FORMS,
         bucket_style="pow2",
     )
 

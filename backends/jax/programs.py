@@ -6,7 +6,7 @@ step can have), one sampling program a row count, and a handful of updates. Lett
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from backends.jax import sample, tables, updates
+from backends.jax import sample, tables, turns, updates
 from backends.jax.batch import Packer, Shape, packed_size
 from backends.jax.cache import COPIES, cache_shapes, copy_pages
 from backends.jax.compile import Name, Program, Programs
 from backends.jax.forward import HEAD_ROWS, Spread, Traits, forward, make_decoder, split_forward
-from backends.jax.split import AXIS, Split, specs_of
+from backends.jax.replicas import spread, together
+from backends.jax.split import AXIS, DATA, Split, specs_of
 from backends.jax.stacks import stack_places
 from engine.runner import Progress, RunnerConfig
 from engine.specs.cache import CacheLayout
@@ -35,6 +36,12 @@ SCORE_BYTES = 64 << 20
 
 SAMPLED = 64
 """Most rows that are sampled together on an accelerator: each takes a few arrays as wide as the vocabulary."""
+SAMPLED_IN_TURN = 16
+"""The same behind a forward pass in one program, where libtpu gives each twice as many of those arrays."""
+
+
+SPLIT_TOKENS = 256
+"""Fewer tokens are summed whole: a decode step's collectives are short, and two take longer to begin than one."""
 
 
 @dataclass(slots=True)
@@ -46,14 +53,19 @@ class DeviceState:
     tables: tables.Tables
 
 
+def split_tokens(platform: str) -> int:
+    """From how many tokens on a step is split over ranks between products (Traits)."""
+    return SPLIT_TOKENS if platform == "tpu" else 0
+
+
 def score_rows(vocab_size: int) -> int:
     """Prompt tokens scored by one call: bounded by bytes, three arrays as wide as the vocabulary each."""
     return int(np.clip(SCORE_BYTES // (12 * vocab_size), 8, 64))
 
 
-def sampled_together(rows: int) -> int:
-    """The largest part of `rows` up to SAMPLED that divides them."""
-    return max(part for part in range(1, min(rows, SAMPLED) + 1) if rows % part == 0)
+def sampled_together(rows: int, most: int) -> int:
+    """The largest part of `rows` up to `most` that divides them."""
+    return max(part for part in range(1, min(rows, most) + 1) if rows % part == 0)
 
 
 class ProgramSet:
@@ -72,17 +84,19 @@ class ProgramSet:
         self._params = params
         self._split = split
         self._compiled = Programs(split, load)
-        on_cpu = split.platform == "cpu"
         self._least = dispatch.least_rows(split.platform, config.dtype)
         self._traits = Traits(
             arch=config.arch,
             part=rank_arch(config.arch, split.size),
             layout=layout,
             max_model_len=config.max_model_len,
-            kernels=tuple(dispatch.choose_kernel(split.platform, group.spec.head_size) for group in layout.groups),
+            kernels=tuple(
+                dispatch.kernel_for(split.platform, group.spec.head_size, layout.kv_dtype) for group in layout.groups
+            ),
             null_slot=config.max_slots,
-            block_rows=HEAD_ROWS if on_cpu else max(config.row_buckets) + HEAD_ROWS,
+            block_rows=self._block_rows(),
             ranks=split.size,
+            split_tokens=split_tokens(split.platform),
             stacks=stack_places(config.arch),
         )
         self._packers = {
@@ -119,6 +133,12 @@ class ProgramSet:
             rows = -(-rows // HEAD_ROWS) * HEAD_ROWS
         return Shape(tokens, rows, len(self.layout.groups))
 
+    def _block_rows(self) -> int:
+        """A GPU asks the host which way to go where a program branches: longer than padding's logits take."""
+        if self._split.platform == "gpu":
+            return 0
+        return HEAD_ROWS if self._split.platform == "cpu" else max(self._config.row_buckets) + HEAD_ROWS
+
     def packer(self, bucket: Bucket) -> Packer:
         return self._packers[bucket.tokens]
 
@@ -131,7 +151,7 @@ class ProgramSet:
 
     def fresh_state(self) -> DeviceState:
         """Empty pages and tables, made on the device: memory that was handed over from the host cannot be donated."""
-        program = self._fresh_program()
+        program = spread(self._fresh_program(), self._split)
         if program.name not in self._compiled:
             self._compiled.compile([program], lambda done: None)
         return DeviceState(*self._compiled[program.name]())
@@ -150,12 +170,14 @@ class ProgramSet:
 
     def programs(self) -> list[Program]:
         """All that a runner of this configuration may call."""
-        return [
+        programs = [
             self._fresh_program(),
             *self._forward_programs(),
             *self._sample_programs(),
+            *self._turn_programs(),
             *self._update_programs(),
         ]
+        return [spread(program, self._split) for program in programs]
 
     def compile(self, progress: Progress) -> None:
         programs = [program for program in self.programs() if program.name not in self._compiled]
@@ -163,7 +185,8 @@ class ProgramSet:
         words = -(-self._config.arch.vocab_size // 32)
         for packer in self._packers.values():
             rows = packer.shape.rows
-            self._no_mask[rows] = jax.device_put(np.zeros((rows, words), np.uint32), self._split.sharding())
+            zeros = np.zeros((rows * self._split.replicas, words), np.uint32)
+            self._no_mask[rows] = jax.device_put(zeros, self._split.sharding(PartitionSpec(DATA)))
 
     def _forward_programs(self) -> list[Program]:
         rows, _ = self._table_shapes()
@@ -189,8 +212,9 @@ class ProgramSet:
     def _forward(self, shape: Shape, caches: list[jax.ShapeDtypeStruct]) -> Any:
         if self._split.size == 1:
             return partial(forward, traits=self._traits, shape=shape)
-        spread = Spread(self._split.mesh, specs_of(self._params), specs_of(caches))
-        return partial(split_forward, traits=self._traits, shape=shape, spread=spread)
+        mesh = self._split.mesh if self._split.replicas == 1 else None
+        lies = Spread(mesh, specs_of(self._params), specs_of(caches))
+        return partial(split_forward, traits=self._traits, shape=shape, spread=lies)
 
     def build(self, program: Program) -> Any:
         """Compiled, and not kept."""
@@ -218,18 +242,54 @@ class ProgramSet:
                 jax.ShapeDtypeStruct((2 + size,), np.int32),
                 jax.ShapeDtypeStruct((size, -(-vocab // 32)), np.uint32),
             )
-            block = HEAD_ROWS if self._split.platform == "cpu" else sampled_together(size)
-            shape = sample.Sampled(
-                block=block,
-                num_top=self._config.sampler_limits.max_logprobs,
-                likely=dispatch.choose_likely(self._split.platform, vocab, self._split.size),
-            )
-            function = partial(self._sampling, shape=shape)
+            function = partial(self._sampling, shape=self._sampled(size, SAMPLED))
             programs.append(Program(("sample", size), function, args, donate=(1, 2)))
         return programs
 
-    def _sampling(self, logits: jax.Array, *args: Any, **options: Any) -> Any:
-        return sample.sampling(logits[:, : self._config.arch.vocab_size], *args, **options)
+    def _sampled(self, rows: int, most: int) -> sample.Sampled:
+        """most: rows sampled together on an accelerator."""
+        split, config = self._split, self._config
+        return sample.Sampled(
+            block=HEAD_ROWS if split.platform == "cpu" else sampled_together(rows, most),
+            num_top=config.sampler_limits.max_logprobs,
+            likely=dispatch.choose_likely(split.platform, config.arch.vocab_size, len(split.devices)),
+        )
+
+    def _turn_programs(self) -> list[Program]:
+        """Several turns of decode steps, a program a bucket that such a step can have."""
+        config, whole = self._config, self._split.sharding()
+        if config.max_num_steps == 1:
+            return []
+        rows, sampler = self._table_shapes()
+        caches = cache_shapes(self.layout, self._split)
+        outs = ([cache.sharding for cache in caches], whole, whole, whole, whole)
+        most_rows = min(config.max_turn_rows, max(config.row_buckets))
+        largest = min(tokens for tokens in self._packers if tokens >= most_rows)
+        programs = {}
+        for shape in (packer.shape for tokens, packer in self._packers.items() if tokens <= largest):
+            loop = turns.Loop(
+                forward=self._forward(shape, caches),
+                shape=shape,
+                most=config.max_num_steps,
+                null_slot=config.max_slots,
+                vocab_size=config.arch.vocab_size,
+                sampled=self._sampled(shape.rows, SAMPLED_IN_TURN),
+            )
+            packed = jax.ShapeDtypeStruct((packed_size(shape),), np.int32)
+            control = jax.ShapeDtypeStruct((turns.CONTROLS,), np.int32)
+            name: Name = ("turns", shape.tokens)
+            args = (self._params, caches, rows, sampler, packed, control)
+            programs[name] = Program(name, partial(turns.several_turns, loop=loop), args, donate=(1, 2, 3), outs=outs)
+        return list(programs.values())
+
+    def _sampling(
+        self, logits: jax.Array, rows: tables.Rows, sampler: tables.Tables, *args: Any, **options: Any
+    ) -> Any:
+        if self._split.size > 1:
+            # else XLA splits the tables as it splits the logits, and gathers all of them at the end of each step
+            place = self._split.sharding() if self._split.replicas == 1 else PartitionSpec()
+            sampler = jax.lax.with_sharding_constraint(sampler, place)
+        return sample.sampling(logits[:, : self._config.arch.vocab_size], rows, sampler, *args, **options)
 
     def _update_programs(self) -> list[Program]:
         rows, sampler = self._table_shapes()
@@ -286,37 +346,54 @@ class ProgramSet:
         state.caches, state.rows, logits, hidden, flags = program(self._params, state.caches, state.rows, packed)
         return logits, hidden, flags
 
-    def sample(
-        self, state: DeviceState, logits: jax.Array, slots: I32, uses: sample.Use, mask: U32 | None
+    def turns(
+        self, state: DeviceState, tokens: int, packed: I32, control: I32
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """-> ids i32 [S] and scores of the sampling rows. mask: u32 [n, W] of the n sampling rows."""
-        size = logits.shape[0]
-        packed = np.full(2 + size, self._config.max_slots, np.int32)
-        packed[0], packed[1] = uses, len(slots)
-        packed[2 : 2 + len(slots)] = slots
+        """-> i32 [S, k + ENDS] as turns.several_turns says, raw log-probabilities [S, k, ..]."""
+        program = self._compiled["turns", tokens]
+        arrays = self._params, state.caches, state.rows, state.tables
+        state.caches, state.rows, state.tables, sampled, scores = program(*arrays, packed, control)
+        return sampled, scores
+
+    def sample(
+        self, state: DeviceState, logits: jax.Array, rows: Sequence[tuple[I32, U32 | None]], uses: sample.Use
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """-> ids i32 [S] and scores of the sampling rows. rows: of each replica slots [n], and a mask u32 [n, W]."""
+        size = logits.shape[0] // len(rows)
+        packed = np.full((len(rows), 2 + size), self._config.max_slots, np.int32)
+        # equal on all replicas, so that their loops and conditions go the same way
+        packed[:, 0], packed[:, 1] = uses, max(len(slots) for slots, _ in rows)
+        for own, (slots, _) in zip(packed, rows, strict=True):
+            own[2 : 2 + len(slots)] = slots
         bits: Any = self._no_mask[size]
-        if mask is not None:
-            bits = np.zeros(bits.shape, np.uint32)
-            bits[: len(slots)] = mask
+        if any(mask is not None for _, mask in rows):
+            bits = np.full(bits.shape, 0xFFFFFFFF, np.uint32)
+            for replica, (slots, mask) in enumerate(rows):
+                if mask is not None:
+                    bits[replica * size : replica * size + len(slots)] = mask
         program = self._compiled["sample", size]
-        state.rows, state.tables, ids, scores = program(logits, state.rows, state.tables, packed, bits)
+        arrays = state.rows, state.tables, packed.reshape(-1), bits
+        state.rows, state.tables, ids, scores = program(logits, *arrays)
         return ids, scores
 
-    def score(self, hidden: jax.Array, tokens: int, token_idx: I32, targets: I32) -> list[Any]:
-        """Scores of prompt tokens, a chunk a call."""
+    def score(self, hidden: jax.Array, tokens: int, wanted: Sequence[tuple[I32, I32]]) -> list[Any]:
+        """Scores of prompt tokens, a chunk of each replica a call. wanted: of each token indexes and targets, [M]."""
         chunk = score_rows(self._config.arch.vocab_size)
         take, score = self._compiled["take", tokens], self._compiled[("score",)]
         pieces = []
-        for start in range(0, len(targets), chunk):
-            index, wanted = np.zeros(chunk, np.int32), np.zeros(chunk, np.int32)
-            piece = token_idx[start : start + chunk]
-            index[: len(piece)] = piece
-            wanted[: len(piece)] = np.clip(targets[start : start + chunk], 0, self._config.arch.vocab_size - 1)
-            pieces.append(score(self._params, take(hidden, index), wanted))
+        for start in range(0, max(len(index) for index, _ in wanted), chunk):
+            index, targets = ([padded(each[at][start : start + chunk], chunk) for each in wanted] for at in (0, 1))
+            clipped = np.clip(together(targets), 0, self._config.arch.vocab_size - 1)
+            pieces.append(score(self._params, take(hidden, together(index)), clipped))
         return pieces
 
     def temp_bytes(self, name: Name) -> int:
         return self._compiled.temp_bytes(name)
+
+
+def padded(values: I32, size: int) -> I32:
+    """With zeros behind."""
+    return np.concatenate([values, np.zeros(size - len(values), np.int32)])
 
 
 def set_group_pages(group: int, rows: tables.Rows, parts: jax.Array) -> tables.Rows:

@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from backends.jax import compile_cache, mesh
 from backends.jax.aot import Bundle
 from backends.jax.load import load_weights
 from backends.jax.programs import DeviceState, ProgramSet
+from backends.jax.quant_weights import check_alike
+from backends.jax.replicas import merge_calls, part_of, together
 from backends.jax.updates import Call, copy_calls, open_calls, page_calls
 from backends.jax.weights import param_bytes
 from backends.jax.workspace import workspace_bytes
@@ -46,11 +49,9 @@ class Handle:
 
 
 @dataclass(slots=True, eq=False)
-class Step:
-    """A step between submit and collect. Holds copies of what it needs of its plan."""
+class Part:
+    """One replica's part of a step. Holds copies of what it needs of its plan."""
 
-    handle: Handle
-    tokens: int  # bucket
     num_rows: int
     sampling_rows: I32  # rows that sample
     slots: I32  # of the sampling rows
@@ -62,14 +63,40 @@ class Step:
     calls: list[Call]  # table updates, before the forward program
     packed: I32
     scored: tuple[I32, I32, int] | None  # prompt logprobs: token indexes, targets, top entries
+    num_steps: int
     mask: U32 | None = None
+
+    @property
+    def is_drawn(self) -> bool:
+        """The sampling program is needed: the forward program has not sampled."""
+        plain = self.sampler is Sampler.GREEDY and not self.late and self.num_logprobs < 0
+        return len(self.slots) > 0 and not plain
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """A step between submit and collect."""
+
+    handle: Handle
+    tokens: int  # bucket
+    parts: list[Part]  # one a replica
+    masked: bool = False  # its late mask has come
     begun: bool = False
     ended: bool = False
     flags: Any = None  # device i32 [3, S]
     logits: Any = None
-    sampled: Any = None  # device ids and scores of the sampling program
+    sampled: Any = None  # device ids and scores of the sampling program, or of several turns
     prompt_scores: list[Any] = field(default_factory=list)
     failure: StepFailed | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Turns: more than one with a single replica alone."""
+        return self.parts[0].num_steps
+
+    @property
+    def late(self) -> bool:
+        return any(part.late for part in self.parts)
 
 
 class Runner:
@@ -86,7 +113,7 @@ class Runner:
 
     def configure(self, config: RunnerConfig, place: Placement) -> None:
         for name, value, only in (
-            ("num_replicas", config.num_replicas, 1),
+            ("max_num_steps with num_replicas > 1", config.max_num_steps if config.num_replicas > 1 else 1, 1),
             ("process_count", place.process_count, 1),
             ("tensor_size", place.tensor_size, 1),
         ):
@@ -100,12 +127,14 @@ class Runner:
         self._config = config
         compile_cache.enable()
         self._target = mesh.local(config.device)
-        self._split = self._target.split(config.tensor_size)
+        self._split = self._target.split(config.tensor_size, config.num_replicas)
+        check_alike(config.arch, self._split.platform)
         mesh.keep_float32_exact(self._split.device, config.dtype)
         self._bundle = Bundle.open(Path(config.executables), config, self._split) if config.executables else None
-        self._generation = np.full(config.max_slots, CLOSED, np.int64)
-        self._uses = np.zeros(config.max_slots, np.int32)
-        self._poisoned = np.zeros(config.max_slots, np.bool_)
+        shape = (config.num_replicas, config.max_slots)
+        self._generation = np.full(shape, CLOSED, np.int64)
+        self._uses = np.zeros(shape, np.int32)
+        self._poisoned = np.zeros(shape, np.bool_)
 
     def load(self, checkpoint: Path | None, progress: Progress | None = None) -> None:
         self._params = load_weights(self._config, checkpoint, self._split, progress)
@@ -120,7 +149,7 @@ class Runner:
         total, free = self._target.memory()
         workspace = self._workspace_bytes()
         if self._split.platform == "cpu":
-            return max(0, (free - workspace) // mesh.HOST_SHARE // self._split.size)
+            return max(0, (free - workspace) // mesh.HOST_SHARE // len(self._split.devices))
         return max(0, total - param_bytes(self._params) - workspace)
 
     def _workspace_bytes(self) -> int:
@@ -153,38 +182,47 @@ class Runner:
     def submit(self, plans: Sequence[StepPlan]) -> Handle:
         programs = self._ready()
         check(len(self._steps) < self._config.max_in_flight, f"{len(self._steps)} steps are in flight already")
-        check(len(plans) == 1, f"{len(plans)} plans for 1 replica")
-        plan = plans[0]
-        check_plan(plan, self._config)
-        check_buckets(plan, self._config)
-        calls = self._table_calls(plan)
-        step = self._describe_step(plan, calls, programs)
+        count = self._config.num_replicas
+        check(len(plans) == count, f"{len(plans)} plans for {count} replica{'s' * (count > 1)}")
+        for plan in plans:
+            check_plan(plan, self._config)
+            check_buckets(plan, self._config)
+            same = plan.step_id == plans[0].step_id and plan.bucket == plans[0].bucket
+            check(same, "replicas differ in step_id or bucket")
+        parts = [self._describe_part(r, plan, self._table_calls(r, plan), programs) for r, plan in enumerate(plans)]
+        step = Step(Handle(plans[0].step_id), programs.packer(plans[0].bucket).shape.tokens, parts)
         self._steps.append(step)
         self._advance()
         return step.handle
 
     def provide_mask(self, handle: Handle, rows: I32, bits: U32) -> None:
+        """rows: counted over all replicas, one after another."""
         step = self._find(handle)
         check(step.late, f"step {handle.step_id} was not submitted with a late mask")
-        check(step.mask is None, f"step {handle.step_id} has its mask already")
+        check(not step.masked, f"step {handle.step_id} has its mask already")
         words = -(-self._config.arch.vocab_size // 32)
         check(bits.shape == (len(rows), words), f"mask bits {bits.shape} for {len(rows)} rows of {words} words")
-        check(not len(rows) or (rows.min() >= 0 and rows.max() < step.num_rows), f"mask rows {rows.tolist()}")
-        by_row = np.full((step.num_rows, words), 0xFFFFFFFF, np.uint32)
+        total = sum(part.num_rows for part in step.parts)
+        check(not len(rows) or (rows.min() >= 0 and rows.max() < total), f"mask rows {rows.tolist()}")
+        by_row = np.full((total, words), 0xFFFFFFFF, np.uint32)
         by_row[rows] = bits
-        step.mask = by_row[step.sampling_rows]
-        step.uses |= Use.MASK if len(rows) else Use.NONE
+        first = 0
+        for part in step.parts:
+            part.mask = by_row[first : first + part.num_rows][part.sampling_rows]
+            part.uses |= Use.MASK if len(rows) else Use.NONE
+            first += part.num_rows
+        step.masked = True
         self._advance()
 
     def collect(self, handle: Handle) -> Sequence[StepResult]:
         step = self._find(handle)
         check(step is self._steps[0], f"step {handle.step_id} is collected before {self._steps[0].handle.step_id}")
-        check(step.ended or step.mask is not None or not step.late, f"step {handle.step_id} waits for its mask")
+        check(step.ended or step.masked or not step.late, f"step {handle.step_id} waits for its mask")
         self._steps.pop(0)
         if step.failure is not None:
             raise step.failure
         try:
-            return (self._result(step),)
+            return self._results(step)
         except jax.errors.JaxRuntimeError as error:
             raise self._lose(error) from error
 
@@ -197,39 +235,41 @@ class Runner:
                 return step
         fail(f"step {handle.step_id} is not in flight")
 
-    def _table_calls(self, plan: StepPlan) -> list[Call]:
+    def _table_calls(self, replica: int, plan: StepPlan) -> list[Call]:
         """Calls for tenancies and page copies; keeps the host's mirror of the slots."""
         calls: list[Call] = []
-        config = self._config
+        config, generation = self._config, self._generation[replica]
         if plan.closed is not None:
-            is_open = self._generation[plan.closed] != CLOSED
+            is_open = generation[plan.closed] != CLOSED
             check(is_open.all(), f"step {plan.step_id} closes slots {plan.closed[~is_open].tolist()}: not open")
-            self._generation[plan.closed] = CLOSED
+            generation[plan.closed] = CLOSED
         if plan.opened is not None:
-            self._open(plan.opened)
+            self._open(replica, plan.opened)
             calls += open_calls(plan.opened, config.sampler_limits, config.arch.vocab_size, config.max_slots)
-        same = self._generation[plan.slots] == plan.generation
+        same = generation[plan.slots] == plan.generation
         check(same.all(), f"step {plan.step_id} uses slots {plan.slots[~same].tolist()} of another generation")
         if plan.copies is not None:
             calls += copy_calls(plan.copies)
         return calls
 
-    def _open(self, opened: OpenedRows) -> None:
-        self._generation[opened.slots] = opened.generation
+    def _open(self, replica: int, opened: OpenedRows) -> None:
+        self._generation[replica, opened.slots] = opened.generation
         for i, slot in enumerate(opened.slots.tolist()):
-            self._uses[slot] = row_uses(opened.sampling, i)
-            self._poisoned[slot] = is_poisoned(opened.sampling, i, self._config.arch.vocab_size)
+            self._uses[replica, slot] = row_uses(opened.sampling, i)
+            self._poisoned[replica, slot] = is_poisoned(opened.sampling, i, self._config.arch.vocab_size)
 
-    def _describe_step(self, plan: StepPlan, calls: list[Call], programs: ProgramSet) -> Step:
-        """The step with everything copied out of the plan."""
+    def _describe_part(self, replica: int, plan: StepPlan, calls: list[Call], programs: ProgramSet) -> Part:
+        """A replica's part of the step, with everything copied out of the plan."""
         sampling_rows = np.flatnonzero(plan.num_logits).astype(np.int32)
         slots = plan.slots[sampling_rows]
         uses = Use.NONE
         if plan.sampler is Sampler.FULL or plan.late_mask:
-            uses = Use(int(np.bitwise_or.reduce(self._uses[slots], initial=0)))
+            uses = Use(int(np.bitwise_or.reduce(self._uses[replica, slots], initial=0)))
         if plan.num_logprobs >= 0:
             uses |= Use.LOGPROBS
-        greedy = plan.sampler is Sampler.GREEDY and not plan.late_mask and plan.num_logprobs < 0
+        # a step of several turns has the sampler in its program
+        single = plan.num_steps == 1
+        greedy = single and plan.sampler is Sampler.GREEDY and not plan.late_mask and plan.num_logprobs < 0
         packer = programs.packer(plan.bucket)
         riding = []
         for group in range(len(programs.layout.groups)):
@@ -239,9 +279,7 @@ class Runner:
                 delta = None
             riding.append(delta)
         scored = plan.prompt_logprobs
-        return Step(
-            handle=Handle(plan.step_id),
-            tokens=packer.shape.tokens,
+        return Part(
             num_rows=plan.num_rows,
             sampling_rows=sampling_rows,
             slots=slots,
@@ -249,15 +287,16 @@ class Runner:
             uses=uses,
             num_logprobs=plan.num_logprobs,
             late=plan.late_mask,
-            poisoned=self._poisoned_rows(plan),
+            poisoned=self._poisoned_rows(replica, plan),
             calls=calls,
             packed=packer.pack(plan, tuple(riding), greedy),
             scored=None if scored is None else (scored.token_idx.copy(), scored.targets.copy(), scored.num_top),
+            num_steps=plan.num_steps,
         )
 
-    def _poisoned_rows(self, plan: StepPlan) -> I32:
+    def _poisoned_rows(self, replica: int, plan: StepPlan) -> I32:
         """Rows that name an id outside the vocabulary in their tables, or as the target of a prompt logprob."""
-        poisoned = self._poisoned[plan.slots]
+        poisoned = self._poisoned[replica, plan.slots]
         if plan.prompt_logprobs is not None:
             targets, index = plan.prompt_logprobs.targets, plan.prompt_logprobs.token_idx
             outside = (targets < 0) | (targets >= self._config.arch.vocab_size)
@@ -272,7 +311,7 @@ class Runner:
             try:
                 if not step.begun:
                     self._begin(step)
-                if step.late and step.mask is None:
+                if step.late and not step.masked:
                     return
                 self._finish(step)
             except (jax.errors.JaxRuntimeError, RuntimeError) as error:
@@ -283,18 +322,27 @@ class Runner:
         """Table updates, copies, the forward program, and the scores of prompt tokens."""
         programs, state = self._ready(), self._device_state()
         step.begun = True
-        for name, arrays in step.calls:
+        for name, arrays in merge_calls([part.calls for part in step.parts], self._config.max_slots):
             programs.update(state, name, arrays)
-        step.logits, hidden, step.flags = programs.forward(state, step.tokens, step.packed)
-        if step.scored is not None:
-            token_idx, targets, _ = step.scored
-            step.prompt_scores = programs.score(hidden, step.tokens, token_idx, targets)
+        packed = together([part.packed for part in step.parts])
+        if step.num_steps > 1:
+            control = np.array([step.num_steps, step.parts[0].uses], np.int32)
+            step.sampled = programs.turns(state, step.tokens, packed, control)
+            return
+        step.logits, hidden, step.flags = programs.forward(state, step.tokens, packed)
+        if any(part.scored is not None for part in step.parts):
+            none = np.zeros(0, np.int32)
+            wanted = [(none, none) if part.scored is None else part.scored[:2] for part in step.parts]
+            step.prompt_scores = programs.score(hidden, step.tokens, wanted)
 
     def _finish(self, step: Step) -> None:
         """The sampling program, unless the forward program has sampled or no row samples."""
-        plain = step.sampler is Sampler.GREEDY and not step.late and step.num_logprobs < 0
-        if len(step.slots) and not plain:
-            step.sampled = self._ready().sample(self._device_state(), step.logits, step.slots, step.uses, step.mask)
+        drawn = [part for part in step.parts if part.is_drawn]
+        if drawn and step.num_steps == 1:
+            none = np.zeros(0, np.int32)
+            rows = [(part.slots, part.mask) if part.is_drawn else (none, None) for part in step.parts]
+            uses = Use(int(np.bitwise_or.reduce([int(part.uses) for part in drawn])))
+            step.sampled = self._ready().sample(self._device_state(), step.logits, rows, uses)
         step.logits = None
 
     def _device_state(self) -> DeviceState:
@@ -310,30 +358,73 @@ class Runner:
 
     # results
 
-    def _result(self, step: Step) -> StepResult:
+    def _results(self, step: Step) -> list[StepResult]:
         """Waits for the device. Raises what the device raised."""
-        flags = np.asarray(step.flags)  # i32 [3, S]
-        count = len(step.sampling_rows)
-        ids = flags[0] if step.sampled is None else np.asarray(step.sampled[0])
-        num_sampled = np.zeros(step.num_rows, np.int32)
-        tokens = np.zeros((step.num_rows, 1), np.int32)
-        error = np.zeros(step.num_rows, np.uint8)
-        num_sampled[step.sampling_rows] = 1
-        tokens[step.sampling_rows, 0] = ids[:count]
-        error[step.sampling_rows[flags[1, :count] != 0]] = RowError.NON_FINITE
-        error[flags[2, : step.num_rows] != 0] = RowError.BAD_TOKEN_ID
-        error[step.poisoned] = RowError.BAD_TOKEN_ID
-        logprobs = None
-        if step.num_logprobs >= 0 and step.sampled is not None:
-            logprobs = scatter(step.sampled[1], step.sampling_rows, step.num_rows, step.num_logprobs)
-        return StepResult(
-            step_id=step.handle.step_id,
-            num_sampled=num_sampled,
-            tokens=tokens,
-            error=error,
-            logprobs=logprobs,
-            prompt_logprobs=None if step.scored is None else gather(step.prompt_scores, *step.scored[1:]),
-        )
+        if step.num_steps > 1:
+            return [result_of_turns(step, self._config.max_num_steps)]
+        sampled = step.sampled
+        if sampled is not None and all(part.num_logprobs < 0 for part in step.parts):
+            sampled = sampled[:1]  # nobody reads the scores
+        fetched = jax.tree_util.tree_map(np.asarray, (step.flags, sampled, step.prompt_scores))
+        count = len(step.parts)
+        found = []
+        for replica, part in enumerate(step.parts):
+            flags = part_of(fetched[0], replica, count, axis=1)  # i32 [3, S]
+            own = partial(part_of, replica=replica, replicas=count)
+            drawn, scores = jax.tree_util.tree_map(own, fetched[1:])
+            found.append(result_of(step.handle.step_id, part, flags, drawn if part.is_drawn else None, scores))
+        return found
+
+
+def result_of(step_id: int, part: Part, flags: I32, sampled: Any, prompt_scores: list[Any]) -> StepResult:
+    """One replica's result. flags: i32 [3, S]; sampled: ids and scores of the sampling program, None = not run."""
+    count = len(part.sampling_rows)
+    ids = flags[0] if sampled is None else sampled[0]
+    num_sampled = np.zeros(part.num_rows, np.int32)
+    tokens = np.zeros((part.num_rows, 1), np.int32)
+    error = np.zeros(part.num_rows, np.uint8)
+    num_sampled[part.sampling_rows] = 1
+    tokens[part.sampling_rows, 0] = ids[:count]
+    error[part.sampling_rows[flags[1, :count] != 0]] = RowError.NON_FINITE
+    error[flags[2, : part.num_rows] != 0] = RowError.BAD_TOKEN_ID
+    error[part.poisoned] = RowError.BAD_TOKEN_ID
+    logprobs = None
+    if part.num_logprobs >= 0 and sampled is not None:
+        logprobs = scatter(sampled[1], part.sampling_rows, part.num_rows, part.num_logprobs)
+    return StepResult(
+        step_id=step_id,
+        num_sampled=num_sampled,
+        tokens=tokens,
+        error=error,
+        logprobs=logprobs,
+        prompt_logprobs=None if part.scored is None else gather(prompt_scores, *part.scored[1:]),
+    )
+
+
+def result_of_turns(step: Step, most: int) -> StepResult:
+    """Of a step in which every row samples, several turns long; `most`: of any step. One replica."""
+    (part,), turns = step.parts, step.num_steps
+    count = part.num_rows
+    sampled = np.asarray(step.sampled[0])[:count]  # i32 [S, k + ENDS]
+    num_sampled, broken, bad = sampled[:, most:].T
+    error = np.zeros(count, np.uint8)
+    error[broken != 0] = RowError.NON_FINITE
+    error[bad != 0] = RowError.BAD_TOKEN_ID
+    error[part.poisoned] = RowError.BAD_TOKEN_ID
+    logprobs = None
+    if part.num_logprobs >= 0:
+        parts = [np.asarray(scores)[:count, :turns] for scores in step.sampled[1]]
+        parts = [scores.reshape(count * turns, *scores.shape[2:]) for scores in parts]
+        taken = (np.arange(turns) < num_sampled[:, None]).reshape(-1)
+        rows = np.flatnonzero(taken).astype(np.int32)
+        logprobs = scatter(tuple(scores[rows] for scores in parts), rows, count * turns, part.num_logprobs)
+    return StepResult(
+        step_id=step.handle.step_id,
+        num_sampled=num_sampled.copy(),
+        tokens=sampled[:, :turns].copy(),
+        error=error,
+        logprobs=logprobs,
+    )
 
 
 def scatter(scores: tuple[Any, ...], rows: I32, num_rows: int, num_top: int) -> Logprobs:

@@ -14,26 +14,28 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from engine.specs.parallel import shard_slices
+from engine.specs.parallel import shard_shape, shard_slices
 from engine.specs.weights import ParamSpec
 
 AXIS = "model"
+DATA = "data"  # replicas, see replicas.py
 SPLIT_AXES = ("heads", "kv_heads", "ffn", "vocab")
 
 
 class Split:
-    """devices: those that share every layer, at least one."""
+    """devices: of each replica those that share every layer, one replica after another."""
 
-    def __init__(self, devices: Sequence[jax.Device]) -> None:
+    def __init__(self, devices: Sequence[jax.Device], replicas: int = 1) -> None:
         self.devices = tuple(devices)
         self.device = devices[0]
         self.platform = self.device.platform
-        self.size = len(devices)
-        self.mesh = Mesh(np.array(devices).reshape(1, -1), ("data", AXIS))
+        self.replicas = replicas
+        self.size = len(devices) // replicas
+        self.mesh = Mesh(np.array(devices).reshape(replicas, -1), (DATA, AXIS))
 
     def sharding(self, spec: PartitionSpec | None = None) -> Sharding:
         """Of an array that lies as `spec` says, None: whole on each device."""
-        if self.size == 1:
+        if len(self.devices) == 1:
             return SingleDeviceSharding(self.device)
         return NamedSharding(self.mesh, PartitionSpec() if spec is None else spec)
 
@@ -50,6 +52,35 @@ def rank_rows(param: ParamSpec, ranks: int) -> list[slice]:
     if ranks == 1 or param.axes[0] not in SPLIT_AXES:
         return [slice(0, param.shape[0])]
     return [shard_slices(param, ranks, rank)[0] for rank in range(ranks)]
+
+
+def read_place(param: ParamSpec, split: Split) -> tuple[tuple[int, ...], Sharding]:
+    """Shape and sharding under which each device reads its own part of `param`, and no more.
+
+    A vocabulary has rows behind its end where it is not divided evenly. Heads that neighbours share lie on a mesh of
+    (heads, neighbours). Replicas read the same.
+    """
+    if split.size == 1:
+        return param.shape, split.sharding()
+    part = shard_shape(param, split.size, 0)
+    counts = [1] * len(part)  # different parts of each axis
+    for axis, name in enumerate(param.axes):
+        if name in SPLIT_AXES:
+            counts[axis] = split.size if name != "kv_heads" else param.shape[axis] // part[axis]
+    devices = split.mesh.devices.reshape(split.replicas, max(counts), -1)
+    spec = PartitionSpec(*(AXIS if count > 1 else None for count in counts))
+    shape = tuple(own * count for own, count in zip(part, counts, strict=True))
+    return shape, NamedSharding(Mesh(devices, (DATA, AXIS, "neighbours")), spec)
+
+
+def as_stored(array: jax.Array, param: ParamSpec, split: Split) -> jax.Array:
+    """What was read by `read_place`, as the ranks' parts one after another; nothing moves."""
+    if split.size == 1:
+        return array
+    spec, part = param_spec(param), array.sharding.shard_shape(array.shape)
+    shape = tuple(own * (1 if axis is None else split.size) for own, axis in zip(part, spec, strict=True))
+    shards = [shard.data for shard in array.addressable_shards]
+    return jax.make_array_from_single_device_arrays(shape, split.sharding(spec), shards)
 
 
 def specs_of(tree: Any) -> Any:

@@ -70,9 +70,9 @@ def stack_places(arch: ArchSpec) -> dict[int, tuple[int, int]]:
     """Layer -> (number of its stack, index in it). Layers whose parameters have the same shapes share a stack."""
     shapes: dict[int, list[tuple[str, tuple[int, ...]]]] = {}
     for param in param_table(arch):
-        layer, part = split_name(param.name)
-        if layer >= 0:
-            shapes.setdefault(layer, []).append((part, param.shape))
+        layer, part = split_name(param.weight)
+        if layer >= 0:  # of weights in few bits each tensor, with its form
+            shapes.setdefault(layer, []).append((f"{part} {param.field} {param.quant}", param.shape))
     members: dict[tuple[tuple[str, tuple[int, ...]], ...], list[int]] = {}
     for layer in sorted(shapes):
         members.setdefault(tuple(shapes[layer]), []).append(layer)
@@ -110,7 +110,7 @@ def abstract(arch: ArchSpec, shapes: dict[str, jax.ShapeDtypeStruct], split: Spl
         if layer in places:
             stack = places[layer][0]
             length = sum(other == stack for other, _ in places.values())
-            spec = PartitionSpec(None, *(shape.sharding.spec if split.size > 1 else ()))
+            spec = PartitionSpec(None, *(shape.sharding.spec if len(split.devices) > 1 else ()))
             flat[f"stacks.{stack}.{part}"] = split.shape((length, *shape.shape), shape.dtype, spec)
         else:
             flat[name] = shape

@@ -44,6 +44,7 @@ class Tables:
     frequency: Array  # f32
     repetition: Array  # f32
     min_tokens: Array  # i32
+    max_outputs: Array  # i32, several turns on the device end with so many
     seed: Array  # u32 [.., 2] low word, high word
     stop_ids: Array  # i32 [.., max_stop_ids], -1 pads
     bias_ids: Array  # i32 [.., max_logit_bias], -1 pads
@@ -82,7 +83,7 @@ def table_shapes(slots: int, vocab_size: int, max_pages: tuple[int, ...], limits
     return rows, tables
 
 
-SCALARS = ("top_k", "min_tokens", "has_allowed")
+SCALARS = ("top_k", "min_tokens", "max_outputs", "has_allowed")
 SCALARS_F32 = ("temperature", "top_p", "min_p", "presence", "frequency", "repetition")
 OPEN_INTS = 3 + len(SCALARS) + 2
 """Columns before the stop ids in the ints of `open_rows`: slot, length, num_outputs, SCALARS, seed (two words)."""
@@ -155,6 +156,13 @@ def set_pages(rows: Rows, group: int, slots: Array, columns: Array, pages: Array
     changed = list(rows.pages)
     changed[group] = rows.pages[group].at[slots, columns].set(pages, mode="drop")
     return replace(rows, pages=tuple(changed))
+
+
+def has_ended(rows: Rows, tables: Tables, slots: Array, tokens: Array) -> Array:
+    """bool [n]: the token that was just counted in `rows` is the last of its row. slots, tokens: i32 [n]."""
+    outputs = rows.num_outputs[slots]
+    stops = jnp.any(tables.stop_ids[slots] == tokens[:, None], axis=1) & (outputs >= tables.min_tokens[slots])
+    return stops | (outputs >= tables.max_outputs[slots])
 
 
 def advance(rows: Rows, slots: Array, tokens: Array) -> Rows:

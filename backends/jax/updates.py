@@ -40,7 +40,8 @@ def open_calls(opened: OpenedRows, limits: SamplerLimits, vocab_size: int, null_
         for row, i in enumerate(range(first, min(first + OPENED, count))):
             ints[row, :3] = opened.slots[i], opened.num_computed[i], table.num_outputs[i]
             has_allowed = len(entry(table.allowed_ids, i)) > 0
-            scalars = {"top_k": table.top_k[i], "min_tokens": table.min_tokens[i], "has_allowed": has_allowed}
+            scalars = {name: getattr(table, name)[i] for name in SCALARS if name != "has_allowed"}
+            scalars["has_allowed"] = has_allowed
             ints[row, 3 : 3 + len(SCALARS)] = [scalars[name] for name in SCALARS]
             ints[row, OPEN_INTS - 2 : OPEN_INTS] = table.seed[i : i + 1].astype("<u8").view(np.int32)
             stops = inside(entry(table.stop_ids, i), vocab_size)

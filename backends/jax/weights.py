@@ -13,24 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from jax.sharding import PartitionSpec
 from numpy.typing import NDArray
 
+from backends.jax.quant_weights import FUSED_INTO, QuantLoad, check_equal, convert, kept_params
 from backends.jax.split import Split, param_spec, rank_rows
 from backends.jax.stacks import Store, abstract
 from engine.errors import check
 from engine.specs.arch import ArchSpec
-from engine.specs.weights import ParamSpec, RawTensor, from_float32, param_table, to_float32
-
-FUSED = {
-    "qkv": ("q", "k", "v"),
-    "qkv_bias": ("q_bias", "k_bias", "v_bias"),
-    "gate_up": ("gate", "up"),
-    "gate_up_bias": ("gate_bias", "up_bias"),
-}
-FUSED_INTO = {part: stored for stored, parts in FUSED.items() for part in parts}
+from engine.specs.weights import ParamSpec, RawTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +35,12 @@ class Stored:
     spec: PartitionSpec
 
 
-def storage(arch: ArchSpec, ranks: int = 1) -> dict[str, Stored]:
-    """Parameter name -> where it is stored. A split array is the ranks' parts one after another, each fused."""
+def storage(arch: ArchSpec, platform: str, ranks: int = 1) -> dict[str, Stored]:
+    """Name of an array that is kept -> where it is stored. A split array is the ranks' parts in turn, each fused."""
     heights: dict[str, int] = {}
     places: list[tuple[ParamSpec, str, int]] = []
-    for param in param_table(arch):
+    params = [param for param, _ in kept_params(arch, platform)]
+    for param in params:
         stem, _, part = param.name.rpartition(".")
         stored = FUSED_INTO.get(part, part) if stem else part
         name = f"{stem}.{stored}" if stem else stored
@@ -63,12 +56,12 @@ def rank_height(param: ParamSpec, ranks: int) -> int:
 
 def stored_shapes(arch: ArchSpec, dtype: str, split: Split) -> dict[str, jax.ShapeDtypeStruct]:
     """Stored name -> shape and where it lies."""
-    places = storage(arch, split.size)
+    places = storage(arch, split.platform, split.size)
     found: dict[str, jax.ShapeDtypeStruct] = {}
-    for param in param_table(arch):
+    for param, own in kept_params(arch, split.platform):
         place = places[param.name]
         height = place.rows * len(rank_rows(param, split.size))
-        found[place.name] = split.shape((height, *param.shape[1:]), dtype, place.spec)
+        found[place.name] = split.shape((height, *param.shape[1:]), own or dtype, place.spec)
     return found
 
 
@@ -81,35 +74,33 @@ def load_params(
     arch: ArchSpec, stream: Iterator[tuple[ParamSpec, RawTensor]], dtype: str, split: Split
 ) -> dict[str, Any]:
     """The parameters on the devices, in the tree that jax_models.decoder.Params describes."""
-    places = storage(arch, split.size)
+    places = storage(arch, split.platform, split.size)
     waiting = Counter(place.name for place in places.values())
+    kept = {param.name: param for param, _ in kept_params(arch, split.platform)}
+    quantised = QuantLoad(arch, dtype, split.platform)
     partial: dict[str, NDArray[Any]] = {}
     store = Store(arch, split)
-    for param, tensor in stream:
-        place, pieces = places[param.name], rank_rows(param, split.size)
-        numbers = convert(tensor, dtype)
-        waiting[place.name] -= 1
-        if len(pieces) > 1 or place.rows != param.shape[0]:
-            shape = (place.rows * len(pieces), *param.shape[1:])
-            whole = partial.setdefault(place.name, np.zeros(shape, numbers.dtype))
-            for rank, piece in enumerate(pieces):
-                start = rank * place.rows + place.start
-                whole[start : start + piece.stop - piece.start] = numbers[piece]
-            if waiting[place.name]:
-                continue
-            numbers = partial.pop(place.name)
-        store.put(place.name, numbers, place.spec)
+    for source, tensor in stream:
+        plain = source.quant is None
+        arrays = {source.name: convert(tensor, dtype)} if plain else quantised.take(source, tensor)
+        for name, numbers in arrays.items():
+            param, place = kept[name], places[name]
+            pieces = rank_rows(param, split.size)
+            waiting[place.name] -= 1
+            if len(pieces) > 1 or place.rows != param.shape[0]:
+                shape = (place.rows * len(pieces), *param.shape[1:])
+                whole = partial.setdefault(place.name, np.zeros(shape, numbers.dtype))
+                for rank, piece in enumerate(pieces):
+                    start = rank * place.rows + place.start
+                    whole[start : start + piece.stop - piece.start] = numbers[piece]
+                if waiting[place.name]:
+                    continue
+                numbers = partial.pop(place.name)
+            if place.name.endswith("_act_scale"):
+                check_equal(place.name, numbers)
+            store.put(place.name, numbers, place.spec)
     check(not partial, f"parameters are incomplete: {sorted(partial)}")
     return store.tree({place.name for place in places.values()})
-
-
-def convert(tensor: RawTensor, dtype: str) -> NDArray[Any]:
-    """The numbers in the activation dtype; bfloat16 rounds to nearest even."""
-    if dtype == "bfloat16":
-        bits = tensor.data if tensor.dtype == "bfloat16" else from_float32(to_float32(tensor), "bfloat16")
-        return bits.view(ml_dtypes.bfloat16)
-    check(dtype == "float32", f"activations of {dtype}")
-    return to_float32(tensor)
 
 
 def param_bytes(params: dict[str, Any]) -> int:

@@ -11,31 +11,37 @@ from typing import Any
 
 import jax
 
-from backends.jax.compile import Program
+from backends.jax.compile import Program, text_of
 from backends.jax.programs import ProgramSet
 from backends.jax.split import Split
-from engine.runner import RunnerConfig
+from engine.runner import Measure, RunnerConfig
 from engine.specs.cache import CacheLayout, GroupLayout, PoolLayout, cache_groups
 
 IN_FLIGHT_LOGITS = 2  # of the step that runs and of the one that is sampled
 
 
-def workspace_bytes(config: RunnerConfig, params: dict[str, Any], split: Split) -> int:
-    """On one device. Compiles three programs where it is no CPU."""
+def workspace_bytes(config: RunnerConfig, params: dict[str, Any], split: Split, measure: Measure | None = None) -> int:
+    """On one device. Compiles a few programs where it is no CPU, or has them measured elsewhere."""
     if split.platform == "cpu":
         return ProgramSet.workspace_bytes(config)
     made = ProgramSet(config, few_pages(config), params, split)
     programs = {program.name: program for program in made.programs()}
     rows, tokens = made.shape(max(config.row_buckets)).rows, max(config.token_buckets)
     wanted = {("forward", made.shape(tokens).tokens), ("forward", made.shape(rows).tokens), ("sample", rows)}
-    most, code = 0, 0
-    for name in wanted & set(programs):
-        memory = made.build(programs[name]).memory_analysis()
-        most = max(most, memory.temp_size_in_bytes)
-        code = max(code, memory.generated_code_size_in_bytes)
+    wanted.add(("turns", made.shape(rows).tokens))
+    names = sorted(text_of(name) for name in wanted & set(programs))
+    by_text = {text_of(name): program for name, program in programs.items()}
+    sizes = [measured(made, by_text[name]) for name in names] if measure is None else measure(names)
+    most, code = (max(column) for column in zip(*sizes, strict=True))
     logits = bytes_of(made.logits(rows))
     hidden = tokens * config.arch.hidden_size * 4
     return most + code * len(programs) + tables_of(programs) + IN_FLIGHT_LOGITS * (logits + hidden)
+
+
+def measured(made: ProgramSet, program: Program) -> tuple[int, int]:
+    """(scratch, code) bytes."""
+    memory = made.build(program).memory_analysis()
+    return int(memory.temp_size_in_bytes), int(memory.generated_code_size_in_bytes)
 
 
 def few_pages(config: RunnerConfig) -> CacheLayout:

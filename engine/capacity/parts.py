@@ -47,9 +47,20 @@ def device_info(chip: Chip) -> DeviceInfo:
             name=chip.product,
             memory_bytes=chip.memory_bytes,
             free_bytes=chip.memory_bytes,
-            capabilities=frozenset({Capability.LATE_MASK, Capability.PROMPT_LOGPROBS, Capability.EXECUTABLES}),
+            capabilities=frozenset(
+                {
+                    Capability.LATE_MASK,
+                    Capability.MULTI_STEP,
+                    Capability.PROMPT_LOGPROBS,
+                    Capability.EXECUTABLES,
+                    Capability.REPLICAS,
+                }
+            ),
             page_tokens=128,
             default_dtype="bfloat16",
+            kv_dtypes=("fp8_e4m3",),
+            quantization=QUANTIZATION,
+            weight_forms=("fp8", "int8"),
         )
     return DeviceInfo(
         kind="gpu",

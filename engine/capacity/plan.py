@@ -30,6 +30,7 @@ from engine.specs.arch import ArchSpec
 from engine.specs.cache import CacheLayout, GroupKind
 from engine.specs.chips import Slice
 from engine.specs.parallel import check_parallel, rank_arch
+from engine.specs.quant import FORMS
 
 USUAL_CONTEXT = 4096  # tokens of a request where nobody says how many
 
@@ -138,7 +139,8 @@ def measure(arch: ArchSpec, ask: Ask) -> Plan:
     ranks, copies = ask.split()
     config = replace(ask.config, parallel=ParallelConfig())
     device = device_info(ask.slice.chip)
-    able = replace(device, quantization=QUANTIZATION, kv_dtypes=("fp8_e4m3",))  # what the engine could hold
+    # what the engine could hold
+    able = replace(device, quantization=QUANTIZATION, weight_forms=FORMS, kv_dtypes=("fp8_e4m3",))
     resolved = resolve(config, rank_arch(arch, ranks), able)
     whole = replace(arch, quant=resolved.runner.arch.quant)
     tensors = weight_tensors(whole, ranks, resolved.runner.dtype, device.kind)

@@ -113,7 +113,7 @@ class CoreReady(msgspec.Struct, tag="ready", array_like=True):
     vocab_size: int
     num_pages: int
     page_tokens: int
-    kv_tokens: int  # tokens the largest request could hold at once
+    kv_tokens: int  # of all replicas
     max_logprobs: int
     backend: str
     device: str

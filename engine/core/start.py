@@ -13,14 +13,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from engine.config import EngineConfig
-from engine.core.loop import CoreLoop
+from engine.core.loop import CoreLoop, Loop
 from engine.core.messages import CoreReady
 from engine.core.timeline import Timeline
 from engine.errors import ConfigError
-from engine.executor.base import SameProcess
+from engine.executor.base import Executor, SameProcess
 from engine.memory import MemoryPlan, check_pages, plan_memory, report
 from engine.resolve import Resolved, plan_cache, resolve
-from engine.runner import DeviceInfo, Placement, Progress, load_runner
+from engine.runner import DeviceInfo, Placement, Progress, RunnerConfig, load_runner
 from engine.scheduler.config import SchedulerConfig
 from engine.scheduler.scheduler import Scheduler
 from engine.specs.cache import CacheLayout
@@ -65,7 +65,7 @@ def choose_backend(requested: str, device: str) -> Backend:
     return Backend("jax", "no accelerator was found" if device == "auto" else f"--device {device}")
 
 
-def start_core(config: EngineConfig, model_path: Path, progress: Progress | None = None) -> tuple[CoreLoop, CoreReady]:
+def start_core(config: EngineConfig, model_path: Path, progress: Progress | None = None) -> tuple[Loop, CoreReady]:
     """Build everything and warm it up. Raises StartupError (one line, with the remedy)."""
     timeline = Timeline()
     timeline.done("process")  # until here: python itself, and what the caller imported and did
@@ -92,8 +92,7 @@ def start_core(config: EngineConfig, model_path: Path, progress: Progress | None
     timeline.done("allocate")
     runner.warm_up(progress)
     timeline.done("warm_up")
-    scheduler = Scheduler(scheduler_config(config, resolved, max_model_len), layout)
-    loop = CoreLoop(scheduler, SameProcess(runner), depth=resolved.runner.max_in_flight)
+    loop = make_loop(scheduler_config(config, resolved, max_model_len), resolved.runner, layout, SameProcess(runner))
     facts = ready(resolved, layout, device, max_model_len)
     facts.backend, facts.backend_reason = backend.name, backend.reason
     facts.notes = [*resolved.notes, *notes]
@@ -111,6 +110,16 @@ def start_core(config: EngineConfig, model_path: Path, progress: Progress | None
         facts.memory = {**plan.parts, "kv_cache": kv_bytes, "peak": peak}
         log.info("%s", report(plan, kv_bytes, peak))
     return loop, facts
+
+
+def make_loop(schedule: SchedulerConfig, runner: RunnerConfig, layout: CacheLayout, executor: Executor) -> Loop:
+    """A scheduler, or one for each data replica."""
+    if runner.num_replicas == 1:
+        return CoreLoop(Scheduler(schedule, layout), executor, depth=runner.max_in_flight)
+    from engine.core.replicas import ReplicaLoop, Replicas
+
+    replicas = Replicas([Scheduler(schedule, layout) for _ in range(runner.num_replicas)])
+    return ReplicaLoop(replicas, executor, depth=runner.max_in_flight)
 
 
 def kv_budget(config: EngineConfig, device: DeviceInfo, left: int, plan: MemoryPlan | None) -> int:
@@ -137,6 +146,8 @@ def scheduler_config(config: EngineConfig, resolved: Resolved, max_model_len: in
         long_prefill_token_threshold=config.schedule.long_prefill_token_threshold,
         enable_prefix_caching=config.cache.enable_prefix_caching,
         max_in_flight=resolved.runner.max_in_flight,
+        max_num_steps=resolved.runner.max_num_steps,
+        max_turn_rows=resolved.runner.max_turn_rows,
         vocab_size=resolved.runner.arch.vocab_size,
         max_logprobs=resolved.runner.sampler_limits.max_logprobs,
     )
@@ -147,9 +158,9 @@ def ready(resolved: Resolved, layout: CacheLayout, device: DeviceInfo, max_model
     return CoreReady(
         max_model_len=max_model_len,
         vocab_size=resolved.runner.arch.vocab_size,
-        num_pages=sum(pool.num_pages - 1 for pool in layout.pools),
+        num_pages=sum(pool.num_pages - 1 for pool in layout.pools) * resolved.runner.num_replicas,
         page_tokens=layout.groups[0].page_tokens,
-        kv_tokens=pages * layout.groups[0].page_tokens,
+        kv_tokens=pages * layout.groups[0].page_tokens * resolved.runner.num_replicas,
         max_logprobs=resolved.runner.sampler_limits.max_logprobs,
         backend="",
         device=device.name,

@@ -16,6 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SLICE",
         help="for a TPU that is not here: v5e, v6e, v5p, tpu7x, or a slice as v6e:2x4",
     )
+    ahead.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="with --tpu: processes that compile at once (default: by cores and free memory)",
+    )
     ahead.add_argument("--config", metavar="FILE", help="YAML with the options below, under the command line")
     add_flags(parser, engine_flags())
 
@@ -25,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from engine.core.messages import StartupProgress
+    from engine.entrypoints.compile_command import Where
     from engine.entrypoints.compile_command import run as build
     from engine.frontend.model import locate_model
     from engine.frontend.progress import StartupBar
@@ -36,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
             config,
             model,
             Path(args.output),
-            args.tpu,
+            Where(args.tpu, args.jobs),
             lambda phase, done, total: bar.update(StartupProgress(phase, done, total)),
         )
     print("\n".join(lines))

@@ -35,10 +35,11 @@ HELP: dict[str, str] = {
     "long_prefill_token_threshold": "Most prompt tokens of one request in a step; 0 = no limit.",
     "scheduling_policy": "Order of waiting requests.",
     "async_scheduling": "Plan a step while the one before it runs.",
+    "num_scheduler_steps": "Most decode turns of a step on the device while nothing waits; 1 = off; jax backend.",
     # parallel
     "tensor_parallel_size": "Devices that share every layer.",
     "pipeline_parallel_size": "Devices in a row, each with some layers.",
-    "data_parallel_size": "Copies of the model.",
+    "data_parallel_size": "Copies of the model, each on devices of its own.",
     # engine
     "backend": "Framework that runs the model; auto: TPU -> jax, NVIDIA GPU with torch -> torch, else jax.",
     "device": "Kind of device; xla: the torch backend through torch-xla, on what PJRT_DEVICE names.",

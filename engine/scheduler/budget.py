@@ -27,8 +27,9 @@ class ChosenRows:
     computed: I32  # [S] before this step
     new: I32  # [S]
     num_single: int
-    ends: I32  # [S] computed + new
+    ends: I32  # [S] computed + new, of several turns those of the last
     num_steady: int = 0
+    num_steps: int = 1  # turns; several only where all rows are steady
 
 
 def tokens_to_compute(length: I32, computed: I32, max_total: I32) -> I32:

@@ -16,6 +16,7 @@ from engine.scheduler.opened import opened_rows
 from engine.scheduler.plan import InFlight, PlanRing, choose_sampler, fill_rows, score_prompts
 from engine.scheduler.state import State
 from engine.scheduler.steady import SteadyRows, no_rows_steady
+from engine.scheduler.turns import Turns
 from engine.step import I32, I64, Bucket, Sampler, StepPlan
 
 
@@ -34,6 +35,7 @@ class PlanBuilder:
         self._state = state
         self._ring = PlanRing(state.config)
         self.steady: SteadyRows = no_rows_steady()
+        self.turns = Turns(state)
         self._others: list[int] | None = []  # slots in order; None = look at every running row
         self._full: set[int] = set()  # slots taken out of `steady` whose tenancy lasts
         self._begins: Begins | None = None  # what `settle` has to do
@@ -86,6 +88,7 @@ class PlanBuilder:
         state.counters.steps += 1
         plan = StepPlan(
             step_id=state.counters.steps,
+            num_steps=rows.num_steps,
             bucket=self._choose_bucket(num_tokens, count),
             slots=buffers.slots[:count],
             generation=buffers.generation[:count],

@@ -18,6 +18,7 @@ class SchedulerConfig:
         for ever behind later arrivals of a higher class (S-5).
     max_preemptions: a request preempted this often reserves all the pages it may need before it runs again.
     max_prefix_skips: most waiting requests that one step passes by because their next unit is being computed.
+    max_num_steps: most decode turns that a step takes on the device when nothing waits. max_turn_rows: most rows of it.
     max_prompt_logprob_tokens: most prompt positions scored in one step: bounds the logits workspace.
     """
 
@@ -30,6 +31,8 @@ class SchedulerConfig:
     long_prefill_token_threshold: int = 0  # most prompt tokens of one request in a step, 0 = no limit
     enable_prefix_caching: bool = True
     max_in_flight: int = 2
+    max_num_steps: int = 1
+    max_turn_rows: int = 1 << 20
     vocab_size: int
     max_logprobs: int = 20
     max_prompt_logprob_tokens: int = 1024
@@ -44,7 +47,7 @@ class SchedulerConfig:
 
     def __post_init__(self) -> None:
         positive = ("max_num_seqs", "max_model_len", "max_in_flight", "vocab_size", "aging_steps", "max_waiting")
-        for name in (*positive, "max_prompt_logprob_tokens"):
+        for name in (*positive, "max_num_steps", "max_prompt_logprob_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: {getattr(self, name)} is not accepted; expected an integer >= 1")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -62,6 +65,12 @@ class SchedulerConfig:
         """Most prompt tokens of one request in a step."""
         threshold = self.long_prefill_token_threshold
         return min(threshold, self.max_num_batched_tokens) if threshold > 0 else self.max_num_batched_tokens
+
+    @property
+    def max_span(self) -> int:
+        """Most tokens that a row's steps in flight span: a window keeps the pages of all of them."""
+        turns = 1 if self.max_num_steps == 1 else self.max_in_flight * self.max_num_steps
+        return max(self.max_chunk, turns)
 
 
 def check_buckets(name: str, buckets: tuple[int, ...], largest: int) -> None:

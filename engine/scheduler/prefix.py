@@ -92,16 +92,17 @@ class PrefixKeys:
             if computing.get(key) == slot:
                 del computing[key]
 
-    def commit(self, num_rows: int) -> int:
+    def commit(self, num_tokens: int) -> int:
         """Key generated units that are collected: BATCH of a row at a time, of as many rows as fill so much in a step.
 
-        A row fills BATCH units in BATCH x unit_tokens steps, so this keeps up. -> units keyed.
+        num_tokens: that a step generates. A row fills BATCH units in BATCH x unit_tokens turns, so this keeps up.
+        -> units keyed.
         """
         table, unit = self._table, self._unit
         due = (table.collected // unit - table.num_keyed >= BATCH).nonzero()[0]
         if not len(due):
             return 0
-        due = due[: max(MIN_ROWS, num_rows // (BATCH * unit) + 1)]
+        due = due[: max(MIN_ROWS, num_tokens // (BATCH * unit) + 1)]
         units = table.num_keyed[due][:, None] + BATCH_RANGE  # [n, BATCH]
         data = table.units[due[:, None], units].tobytes()
         width = unit * TOKEN_BYTES

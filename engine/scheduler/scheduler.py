@@ -92,7 +92,8 @@ class Scheduler:
             budget = self.config.max_num_batched_tokens - len(rows.slots)
             others, score_budget = choose_running(state.table, slots, budget)
             rows = join_rows(rows, others)
-        rows = self._with_pages(rows)
+        several = self._builder.turns.take(self._builder.steady, rows, self.in_flight)
+        rows = self._with_pages(rows) if several is None else several
         opened: list[tuple[int, int]] = []
         # a step that had to preempt begins nobody: what it freed belongs to the rows that lacked it
         if len(state.waiting) and state.table.num_free_slots and preempted == state.counters.preemptions:
@@ -108,26 +109,27 @@ class Scheduler:
         if not len(rows.slots):
             return rows
         kv, steady = self.state.kv, self._builder.steady
+        positions = self._builder.turns.positions(rows, self.in_flight)
         if rows.num_steady and not steady.page_turns and kv.has_spare(len(rows.slots)):
             # pages are plenty: those of some turns at once cost little more than those of one
             ends = rows.ends.copy()
             ends[: rows.num_steady] += PAGE_TURNS - 1  # the last of these turns ends so much later
             np.minimum(ends, self.state.table.max_total[rows.slots], out=ends)
-            kv.trim(rows.slots, rows.computed)
+            kv.trim(rows.slots, positions)
             if kv.grow(rows.slots, ends):
                 steady.page_turns = PAGE_TURNS - 1
                 return rows
         lacking = rows
         if steady.page_turns:
             steady.page_turns -= 1
-            lacking = other_rows(rows)
-        kv.trim(lacking.slots, lacking.computed)
+            lacking, positions = other_rows(rows), positions[rows.num_steady :]
+        kv.trim(lacking.slots, positions)
         return rows if kv.grow(lacking.slots, lacking.ends) else self._preempt_for(rows)
 
     def _preempt_for(self, rows: ChosenRows) -> ChosenRows:
         """The rows that get their pages when the last in order have given way."""
         kv = self.state.kv
-        kv.trim(rows.slots, rows.computed)
+        kv.trim(rows.slots, self._builder.turns.positions(rows, self.in_flight))
         while len(rows.slots) and not kv.grow(rows.slots, rows.ends):
             victim = self._victim()
             if victim is None:
@@ -201,7 +203,8 @@ class Scheduler:
         if known and self.in_flight:
             # whichever of them computes it: a step that fails takes those behind it along
             self.in_flight[-1].keyed += known
-        self.state.prefix.commit(len(self.state.running))
+        turns = self.in_flight[-1].plan.num_steps if self.in_flight else 1
+        self.state.prefix.commit(len(self.state.running) * turns)
 
     def update(self, plan: StepPlan, result: StepResult) -> StepColumns | None:
         """Take in the oldest step's result. -> what the clients get, None = nothing."""
@@ -228,15 +231,17 @@ class Scheduler:
             self.state.kv.release_sources(flight.held)
         return flight
 
-    def fail(self, plan: StepPlan, error: StepFailed) -> None:
+    def fail(self, plan: StepPlan | None, error: StepFailed) -> None:
         """The oldest step failed: its culprits end, everybody else in it and in later steps is computed again.
+
+        None: a step failed in which this scheduler had no plan (another replica's).
 
         Without named rows a request survives one such step; with the second it ends, so that the engine cannot fail
         for ever. Steps in flight meanwhile read what this one should have written: their rows start again too.
         """
         state = self.state
-        tainted = [self._collect(plan), *self.in_flight]
-        culprits = self._live_slots(plan, error.rows)
+        tainted = [*([] if plan is None else [self._collect(plan)]), *self.in_flight]
+        culprits = [] if plan is None else self._live_slots(plan, error.rows)
         if error.cache_lost:
             state.prefix.forget()
             restarted = state.running.slots.tolist()

@@ -25,7 +25,7 @@ from engine.specs.cache import CacheLayout
 class State:
     def __init__(self, config: SchedulerConfig, layout: CacheLayout) -> None:
         self.config = config
-        self.kv = KVManager(layout, config.max_num_seqs, config.max_model_len, config.max_chunk)
+        self.kv = KVManager(layout, config.max_num_seqs, config.max_model_len, config.max_span)
         self.table = RowTable(config, layout.unit_tokens)
         self.prefix = PrefixKeys(self.table, self.kv, config.enable_prefix_caching)
         self.waiting = WaitingQueue()

@@ -38,6 +38,13 @@ class SteadyRows:
         count = len(self.slots)
         return ChosenRows(self.slots, computed, ones[:count], count, self.ends, count)
 
+    def further(self, rows: ChosenRows, ends: I32, num_steps: int) -> ChosenRows:
+        """`rows`, which `next` has given, with several turns each. ends: after these; their pages are there."""
+        self.ends = ends
+        self.turns_left -= num_steps - 1
+        self.page_turns = max(0, self.page_turns - num_steps)
+        return replace(rows, ends=ends, num_steps=num_steps)
+
     def kept(self, table: RowTable) -> tuple[SteadyRows, I64]:
         """These rows but for those whose tenancy ended (their max_total is 0) or that have all their tokens.
 

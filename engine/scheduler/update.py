@@ -60,6 +60,8 @@ def empty_columns() -> StepColumns:
 
 def apply_result(table: RowTable, flight: InFlight, result: StepResult) -> Applied:
     """Write a result into the table. Rows whose tenancy ended since the plan are passed by (S-10)."""
+    if flight.plan.num_steps > 1:
+        return apply_turns(table, flight, result)
     plan, index = flight.plan, flight.slots
     count = plan.num_rows
     live = table.generation[index] == plan.generation
@@ -86,6 +88,55 @@ def apply_result(table: RowTable, flight: InFlight, result: StepResult) -> Appli
         columns.logprobs = select_logprobs(result.logprobs, rows, result.tokens.shape[1])
     finished = slots[columns.finish.nonzero()[0]].tolist() if np.count_nonzero(columns.finish) else []
     return Applied(columns, finished, failed)
+
+
+def apply_turns(table: RowTable, flight: InFlight, result: StepResult) -> Applied:
+    """`apply_result` of a step of several turns, in which every row samples; turn after turn, as if they were steps."""
+    plan, index = flight.plan, flight.slots
+    live = table.generation[index] == plan.generation
+    wrong = broken_turns(table, plan, result) & live
+    failed = [describe_failure(table, plan, result, row) for row in np.flatnonzero(wrong).tolist()]
+    rows = np.flatnonzero(live & ~wrong)
+    if not len(rows):
+        return Applied(None, [], failed)
+    slots, tokens = index[rows], result.tokens[rows]
+    taken, finish = np.zeros(len(rows), np.int32), np.zeros(len(rows), np.uint8)
+    stop_token = np.full(len(rows), -1, np.int32)
+    for turn in range(plan.num_steps):
+        going = ((finish == FinishReason.NONE) & (result.num_sampled[rows] > turn)).nonzero()[0]
+        columns = append_tokens(table, slots[going], np.ascontiguousarray(tokens[going, turn]))
+        taken[going] += 1
+        finish[going], stop_token[going] = columns.finish, columns.stop_token
+    table.collected[slots] = plan.num_computed[rows] + taken
+    # the next steps were planned as if a row took all turns unless it ends: one that stopped for nothing is at fault
+    short = np.flatnonzero((finish == FinishReason.NONE) & (taken < plan.num_steps))
+    failed += [describe_failure(table, plan, result, int(rows[i])) for i in short.tolist()]
+    kept = np.ones(len(rows), np.bool_)
+    kept[short] = False
+    if len(short):
+        rows, slots, tokens, taken = rows[kept], slots[kept], tokens[kept], taken[kept]
+        finish, stop_token = finish[kept], stop_token[kept]
+    given = np.arange(plan.num_steps) < taken[:, None]  # [R, turns]
+    columns = StepColumns(
+        keys=table.key[slots],
+        counts=taken,
+        tokens=tokens[given],
+        finish=finish,
+        stop_token=stop_token,
+        num_cached=table.num_cached[slots],
+    )
+    if result.logprobs is not None:
+        columns.logprobs = pick(result.logprobs, (rows[:, None] * plan.num_steps + np.arange(plan.num_steps))[given])
+    return Applied(columns, slots[finish.nonzero()[0]].tolist(), failed)
+
+
+def broken_turns(table: RowTable, plan: StepPlan, result: StepResult) -> np.ndarray:
+    """`broken_rows` of a step of several turns: bool [S]."""
+    count = result.num_sampled
+    sampled = np.arange(plan.num_steps) < count[:, None]
+    outside = (sampled & (result.tokens.astype(np.uint32) >= table.config.vocab_size)).any(axis=1)
+    wrong: np.ndarray = (result.error != 0) | outside | (count < 1) | (count > plan.num_steps)
+    return wrong
 
 
 def sound(table: RowTable, result: StepResult, tokens: I32) -> bool:
@@ -144,7 +195,10 @@ def select_logprobs(logprobs: Logprobs, rows: I64 | None, max_new: int) -> Logpr
     """The entries of the first token of `rows`, None = every row; a result has max_new entries a row."""
     if rows is None and max_new == 1:
         return logprobs
-    index = slice(None, None, max_new) if rows is None else rows * max_new
+    return pick(logprobs, slice(None, None, max_new) if rows is None else rows * max_new)
+
+
+def pick(logprobs: Logprobs, index: I64 | slice) -> Logprobs:
     return Logprobs(
         chosen=logprobs.chosen[index],
         rank=logprobs.rank[index],

@@ -45,6 +45,7 @@ class Chip:
     link: float | None
     topologies: tuple[str, ...]
     sources: tuple[str, ...]
+    jax_name: str = ""  # what jax calls a device of it
 
 
 CHIPS = (
@@ -53,22 +54,26 @@ CHIPS = (
         flops={"bfloat16": 197 * TERA, "int8": 393 * TERA}, link=0.2 * TERA, topologies=FLAT,
         sources=("https://cloud.google.com/tpu/docs/v5e (ICI 400 GB/s both ways)",
                  "https://cloud.google.com/tpu/docs/v6e (int8 of v5e)", XLA),
+        jax_name="TPU v5 lite",
     ),
     Chip(
         name="v6e", kind="tpu", product="TPU v6e (Trillium)", memory_bytes=int(31.25 * GIB), bandwidth=1.64 * TERA,
         flops={"bfloat16": 918 * TERA, "int8": 1836 * TERA}, link=0.4 * TERA, topologies=FLAT,
         sources=("https://cloud.google.com/tpu/docs/v6e (ICI 800 GB/s both ways)", XLA),
+        jax_name="TPU v6 lite",
     ),
     Chip(
         name="v5p", kind="tpu", product="TPU v5p", memory_bytes=int(95.74 * GIB), bandwidth=2.765 * TERA,
         flops={"bfloat16": 459 * TERA, "int8": 918 * TERA}, link=0.6 * TERA, topologies=CUBES[1:],
         sources=("https://cloud.google.com/tpu/docs/v5p (ICI 1200 GB/s both ways)", SCALING_BOOK, XLA),
+        jax_name="TPU v5",
     ),
     Chip(
         name="tpu7x", kind="tpu", product="TPU7x (Ironwood)", devices=2, memory_bytes=int(94.75 * GIB),
         bandwidth=7.38 * TERA / 2, flops={"bfloat16": 2307 * TERA / 2, "fp8": 4614 * TERA / 2}, link=0.6 * TERA,
         topologies=CUBES,
         sources=("https://docs.cloud.google.com/tpu/docs/tpu7x (of a chip; ICI 1200 GB/s both ways)", XLA),
+        jax_name="TPU7x",
     ),
     Chip(
         name="h100", kind="gpu", product="NVIDIA H100 SXM 80 GB", memory_bytes=int(79.11 * GIB), bandwidth=3.35 * TERA,
@@ -126,6 +131,11 @@ def chips_of(topology: str) -> int:
 
 def chips_of_kind(kind: str) -> list[Chip]:
     return [chip for chip in CHIPS if chip.kind == kind]
+
+
+def chip_of(name: str) -> Chip | None:
+    """The chip that a device of this name is: what jax calls it, or the product."""
+    return next((chip for chip in CHIPS if name and name in (chip.jax_name, chip.product)), None)
 
 
 def parse_slice(kind: Literal["tpu", "gpu"], text: str) -> Slice:

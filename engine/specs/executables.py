@@ -28,6 +28,9 @@ MANIFEST = "manifest.json"
 REMEDY = "build it again with `twinfer compile`, or leave --executables out"
 NAME = re.compile(r"[a-z0-9_]+(-[0-9]+)*")
 
+Compiled = tuple[str, bytes, str, Any]
+"""A program as a bundle holds it: name, bytes, digest of its arguments, the tree of its results."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
@@ -76,10 +79,10 @@ def write(
     folder: Path,
     key: Mapping[str, str],
     num_pages: tuple[int, ...],
-    programs: Iterable[tuple[str, bytes, str, Any]],
+    programs: Iterable[Compiled],
     workspace_bytes: int = 0,
 ) -> Manifest:
-    """Write the bundle `folder`. programs: (name, bytes, digest of arguments, tree of results). Raises ConfigError."""
+    """Write the bundle `folder`. Raises ConfigError."""
     check_target(folder)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     folder.parent.mkdir(parents=True, exist_ok=True)

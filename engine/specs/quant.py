@@ -18,6 +18,7 @@ Scheme = Literal["fp8", "int8", "w4"]
 Layout = Literal["plain", "awq", "gptq", "packed"]
 Act = Literal["none", "token", "block", "static"]
 
+FORMS = ("fp8", "fp8_block", "int8", "w4")
 BLOCK = 128  # rows and columns of a block with one scale
 NIBBLES, BYTES = 8, 4  # weights of 4 and of 8 bits in an int32
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int8": 1, "float8_e4m3": 1}
@@ -44,6 +45,11 @@ class WeightQuant:
     act_order: bool = False
     zero_bias: int = 0
     at_load: bool = False
+
+    @property
+    def form(self) -> str:
+        """What a backend's products must know: one of FORMS."""
+        return "fp8_block" if self.per == "block" else self.scheme
 
     @property
     def text(self) -> str:
@@ -77,12 +83,15 @@ class Pattern:
         return any(re.match(self.text, name) is not None for name in names)
 
 
+Rules = tuple[tuple[tuple[Pattern, ...], WeightQuant], ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelQuant:
     """method: as --quantization names it. rules: the first that matches a module names its form; ignored ones win."""
 
     method: str
-    rules: tuple[tuple[tuple[Pattern, ...], WeightQuant], ...]
+    rules: Rules
     ignored: tuple[Pattern, ...] = ()
 
     def of(self, names: Iterable[str]) -> WeightQuant | None:

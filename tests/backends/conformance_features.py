@@ -18,8 +18,8 @@ from engine.step import (
     Transfers,
     empty_plan,
 )
-from tests.backends.conformance_fixtures import Fixtures
-from tests.backends.driver import Driver, ragged
+from tests.backends.conformance_fixtures import TOLERANCE, Fixtures
+from tests.backends.driver import Driver, Seq, ragged
 
 
 class FeatureConformance(Fixtures):
@@ -103,24 +103,80 @@ class FeatureConformance(Fixtures):
         d.collect(handle)
         assert other.outputs == [third]
 
+    @pytest.mark.parametrize("num_logprobs", [-1, 2])
     @pytest.mark.parametrize("temperature", [0.0, 1.0])
-    def test_several_turns_on_the_device(self, d: Driver, temperature: float) -> None:
-        """k turns give what k steps give; stop ids and max_outputs end a row early."""
+    def test_several_turns_on_the_device(self, d: Driver, temperature: float, num_logprobs: int) -> None:
+        """k turns give what k steps give; stop ids and max_outputs end a row early; borders of pages do not matter."""
         self.need(d, Capability.MULTI_STEP)
         sampling = {"temperature": temperature, "seed": 5}
         prompts = [d.prompt(5), d.prompt(17), d.prompt(30)]
         wanted = [self.alone(d, p, 9, **sampling) for p in prompts]
-        stop = wanted[1].outputs[3]
-        early = wanted[1].outputs.index(stop) + 1  # outputs of a row that ends at `stop`
+        prompts[1], wanted[1], stop = self.stopping(d, 17, 9, **sampling)
+        taken = wanted[1].outputs.index(stop)  # turns after the first output
         more = [{}, {"stop_ids": (stop,)}, {"max_outputs": 3}]
-        seqs = [d.new(p, num_logprobs=0, **sampling, **m) for p, m in zip(prompts, more, strict=True)]
+        seqs = [d.new(p, num_logprobs=num_logprobs, **sampling, **m) for p, m in zip(prompts, more, strict=True)]
         d.step([(s, s.left) for s in seqs])
         result = d.step([(s, 1) for s in seqs], num_steps=8)
         assert result.tokens.shape == (3, 8)
-        assert result.num_sampled.tolist() == [8, max(0, early - 1) if early > 1 else 8, 2]
-        self.same(seqs[0], wanted[0])
-        assert seqs[1].outputs == wanted[1].outputs[: early if early > 1 else 9]
-        assert seqs[2].outputs == wanted[2].outputs[:3]
+        assert result.num_sampled.tolist() == [8, taken, 2]
+        for seq, want, count in zip(seqs, wanted, (9, taken + 1, 3), strict=True):
+            assert seq.outputs == want.outputs[:count]
+            if num_logprobs >= 0:
+                np.testing.assert_allclose(seq.logprobs, want.logprobs[:count], atol=TOLERANCE)
+
+    def stopping(self, d: Driver, length: int, num_outputs: int, **sampling: object) -> tuple[list[int], Seq, int]:
+        """A prompt, its answer, and an id to stop at: one that is not the first output."""
+        while True:
+            prompt = d.prompt(length)
+            seq = self.alone(d, prompt, num_outputs, **sampling)
+            for token in seq.outputs:
+                if token != seq.outputs[0]:
+                    return prompt, seq, token
+
+    @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3, "repetition": 1.3}])
+    def test_turns_behind_turns(self, d: Driver, sampling: dict[str, object]) -> None:
+        """Steps of several turns and of one follow each other in flight; a row that ended meanwhile disturbs nobody."""
+        self.need(d, Capability.MULTI_STEP)
+        prompts = [d.prompt(6), d.prompt(14), d.prompt(29)]
+        wanted = [self.alone(d, p, 12, **sampling) for p in prompts]
+        prompts[1], wanted[1], stop = self.stopping(d, 14, 12, **sampling)
+        taken = wanted[1].outputs.index(stop)
+        seqs = [d.new(p, **sampling, stop_ids=(stop,) if i == 1 else ()) for i, p in enumerate(prompts)]
+        d.step([(s, s.left) for s in seqs])
+        flying = []
+        for turns in (4, 3, 1, 3):
+            flying.append(d.submit(d.plan([(s, 1) for s in seqs], num_steps=turns)))
+            if len(flying) == d.config.max_in_flight:
+                d.collect(flying.pop(0))
+        while flying:
+            d.collect(flying.pop(0))
+        for seq, want in zip(seqs[::2], wanted[::2], strict=True):
+            assert seq.outputs == want.outputs
+        assert seqs[1].outputs[: taken + 1] == wanted[1].outputs[: taken + 1]
+        slot = seqs[1].slot
+        d.close(seqs[1])
+        after = d.new(prompts[0], slot=slot, num_logprobs=0, **sampling)
+        d.step([(after, after.left)])
+        d.step([(after, 1)], num_steps=8)
+        d.generate([after], 12)
+        self.same(after, wanted[0])
+
+    def test_turns_of_what_does_not_decode_are_refused(self, d: Driver) -> None:
+        """A prompt in prefill, more turns than were configured, and beyond the model's length."""
+        self.need(d, Capability.MULTI_STEP)
+        seq = d.new(d.prompt(9))
+        plan = d.plan([(seq, 4)])
+        with pytest.raises(TwinferError):
+            d.runner.submit([replace(plan, num_steps=2)])
+        d.step_id, seq.planned, seq.opened = d.step_id + 1, 0, False
+        d.close(seq)
+        seq = d.new(d.prompt(d.config.max_model_len - 2))
+        d.generate([seq], 1, chunk=64)
+        plan = d.plan([(seq, 1)])
+        for turns in (d.config.max_num_steps + 1, 3):
+            with pytest.raises(TwinferError):
+                d.runner.submit([replace(plan, num_steps=turns)])
+        d.rows_of.clear()
 
     def test_drafts_change_nothing_but_the_pace(self, d: Driver) -> None:
         """Right drafts are accepted, wrong ones cost nothing, and the tokens are those of plain steps."""

@@ -10,11 +10,12 @@ import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engine.runner import ModelRunner, Placement, RunnerConfig, StepHandle
+from engine.runner import Capability, ModelRunner, Placement, RunnerConfig, StepHandle
 from engine.specs.arch import ArchSpec, Attention, GatedFfn, LayerSpec, Norms, RopeSpec
 from engine.specs.cache import CacheLayout, GroupKind, GroupLayout, GroupSpec, PoolLayout, cache_groups
 from engine.step import (
@@ -178,6 +179,7 @@ class Driver:
         seed: int = 0,
         groups: tuple[GroupSpec, ...] | None = None,
         warm: bool = True,
+        checkpoint: Path | None = None,
         **config: Any,
     ) -> None:
         self.runner, self.arch = runner, llama() if arch is None else arch
@@ -195,6 +197,7 @@ class Driver:
             "token_buckets": (8, 64) if compiled else (),
             "row_buckets": (4, 12) if compiled else (),
             "max_in_flight": min(2, self.device.max_in_flight),
+            "max_num_steps": 8 if Capability.MULTI_STEP in self.device.capabilities else 1,
             "load_format": "dummy",
             "device": DEVICE,
             "num_threads": 1,
@@ -203,7 +206,7 @@ class Driver:
         page = self.config.page_tokens[0]
         self.layout = replace(layout(groups, 64, page, self.config.tensor_size), kv_dtype=self.config.kv_dtype)
         runner.configure(self.config, Placement())
-        runner.load(None)
+        runner.load(checkpoint)
         self.budget_bytes = runner.cache_budget_bytes()
         runner.allocate_cache(self.layout)
         if warm:

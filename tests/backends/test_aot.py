@@ -17,8 +17,9 @@ import jax
 import pytest
 from jax import monitoring
 
-from backends.jax.aot import Bundle, describe, restore, text_of
+from backends.jax.aot import Bundle, describe, restore
 from backends.jax.build import Builder
+from backends.jax.compile import text_of
 from backends.jax.compile_cache import processor_digest
 from backends.jax.key import SHAPING, key_of, source_digest
 from backends.jax.programs import ProgramSet
@@ -126,9 +127,17 @@ def test_other_flags_are_refused_before_weights_are_read(model: Path, bundle: Pa
 
 @pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_a_tpu_bundle_is_built_without_one_and_refused_here(model: Path, tmp_path: Path) -> None:
-    out = run("-m", "twinfer", "compile", str(model), "-o", str(tmp_path / "b"), "--tpu", "v6e", *FLAGS)
-    assert "programs for TPU v6 lite (libtpu " in out
-    key = read_manifest(tmp_path / "b").key
+    command = ["-m", "twinfer", "compile", str(model), "--tpu", "v6e", *FLAGS]
+    out = run(*command, "-o", str(tmp_path / "b"), "--jobs", "1")
+    assert "programs for TPU v6 lite (libtpu " in out and "processes" not in out
+    assert " s in 2 processes" in run(*command, "-o", str(tmp_path / "c"), "--jobs", "2")
+    manifest, other = read_manifest(tmp_path / "b"), read_manifest(tmp_path / "c")
+    key = manifest.key
+    assert (other.key, other.num_pages, other.workspace_bytes) == (key, manifest.num_pages, manifest.workspace_bytes)
+    assert list(other.programs) == list(manifest.programs)
+    for name, entry in manifest.programs.items():
+        same = other.programs[name]
+        assert (same.args, same.out) == (entry.args, entry.out) and abs(same.size / entry.size - 1) < 0.05, name
     assert key["platform"] == "tpu" and "cpu_library" not in key
     with pytest.raises(ConfigError, match="platform is 'tpu' in the bundle and 'cpu' here"):
         check_key(tmp_path / "b", key, {**key, "platform": "cpu"})
@@ -280,6 +289,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "--max-num-seqs": {"max_slots": 4},
     "--max-model-len": {"max_model_len": 64},
     "--tensor-parallel-size": {"tensor_size": 2},
+    "--data-parallel-size": {"num_replicas": 2},
     "--block-size": {"page_tokens": (32,)},
     "--max-num-batched-tokens": {"token_buckets": (2, 8)},
     "row buckets": {"row_buckets": (1, 2)},
@@ -298,7 +308,7 @@ def test_the_key_follows_the_configuration(field: str) -> None:
 def test_every_field_of_the_configuration_is_weighed() -> None:
     """A new field of RunnerConfig either shapes programs or is named here as one that does not."""
     others = {
-        "max_batched_tokens", "num_replicas", "max_in_flight", "load_format", "seed", "device", "attention_backend",
+        "max_batched_tokens", "max_in_flight", "load_format", "seed", "device", "attention_backend",
         "batch_invariant", "num_threads", "executables",
     }  # fmt: skip
     assert {field.name for field in fields(RunnerConfig)} == {"arch"} | set(SHAPING) | others

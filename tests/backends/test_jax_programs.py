@@ -27,7 +27,7 @@ LIMITS = SamplerLimits(max_logprobs=5, max_logit_bias=16, max_stop_ids=8, max_ba
 def programs(arch: ArchSpec, dtype: str, num_pages: int) -> ProgramSet:
     config = RunnerConfig(
         arch=arch, dtype=dtype, kv_dtype=dtype, max_slots=4, max_model_len=64, page_tokens=(16,),
-        token_buckets=(4, 32), row_buckets=(4,), load_format="dummy", sampler_limits=LIMITS,
+        token_buckets=(4, 32), row_buckets=(4,), load_format="dummy", sampler_limits=LIMITS, max_num_steps=4,
     )  # fmt: skip
     split = Split([jax.devices("cpu")[0]])
     pages = replace(layout(cache_groups(arch), num_pages=num_pages), kv_dtype=dtype)
@@ -48,10 +48,13 @@ def test_no_whole_copies(dtype: str, kernel: str, monkeypatch: pytest.MonkeyPatc
     table_bytes = arch.vocab_size * arch.hidden_size * (4 if dtype == "float32" else 2)
     small = programs(arch, dtype, 40)
     large = programs(arch, dtype, 400)
-    for name in (("forward", 4), ("forward", 32), ("copy", 0), ("sample", 4), ("open",), ("open_counts",)):
+    steps = (("forward", 4), ("forward", 32), ("turns", 4))
+    for name in (*steps, ("copy", 0), ("sample", 4), ("open",), ("open_counts",)):
         assert large.temp_bytes(name) <= small.temp_bytes(name) + 1024, name
     for tokens in (4, 32):
         assert large.temp_bytes(("forward", tokens)) < table_bytes / 2
+    # a loop makes nothing of the weights in front of it
+    assert large.temp_bytes(("turns", 4)) <= large.temp_bytes(("forward", 4)) + large.temp_bytes(("sample", 4))
 
 
 def test_nothing_compiles_while_steps_run() -> None:
@@ -67,6 +70,7 @@ def test_nothing_compiles_while_steps_run() -> None:
     for sampling in ({}, {"temperature": 1.0, "seed": 5, "num_logprobs": 3, "repetition": 1.2, "bias": {3: 1.0}}):
         seq, other = d.new(d.prompt(12), **sampling), d.new(d.prompt(4))
         d.generate([seq, other], 4, chunk=8)
+        d.step([(seq, 1), (other, 1)], num_steps=3)
         copy = d.new(seq.tokens[:10] + d.prompt(3))
         d.close(other)
         d.step([(copy, 3)], copies=d.share(copy, seq, 10))

@@ -20,7 +20,17 @@ from tests.backends.driver import llama
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize(("layers", "sizes"), [("unrolled", "1 2 4 8"), ("scanned", "1 8")])
+@pytest.mark.parametrize(
+    ("layers", "sizes"),
+    [
+        ("unrolled", "1 2 4 8"),
+        ("scanned", "1 8"),
+        ("tokens", "1 2 8"),
+        ("orbax", "1 2 4 8"),
+        ("int8", "1 4"),
+        ("fp8", "1 4"),
+    ],
+)
 def test_the_same_over_many_devices(layers: str, sizes: str) -> None:
     """8 devices hold 4 KV heads twice, and the last of them fewer ids than the others."""
     told = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
@@ -32,7 +42,8 @@ def test_the_same_over_many_devices(layers: str, sizes: str) -> None:
     for size, rows in found.items():
         for (tokens, logprobs), (wanted, wanted_logprobs) in zip(rows, alone, strict=True):
             assert tokens == wanted, size
-            np.testing.assert_allclose(logprobs, wanted_logprobs, atol=2e-4)
+            # with rounded inputs a sum in another order may move one to its neighbour
+            np.testing.assert_allclose(logprobs, wanted_logprobs, atol=5e-3 if layers in ("int8", "fp8") else 2e-4)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from backends.jax.programs import ProgramSet
 from backends.jax.split import Split
 from backends.jax.weights import param_bytes, param_shapes
 from backends.jax.workspace import workspace_bytes
+from bench.shapes import INT8
 from engine.runner import RunnerConfig, SamplerLimits
 from engine.specs.cache import cache_groups
 from engine.specs.families import parse_config
@@ -32,11 +33,12 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def made(slice_name: str, ranks: int, pages: int) -> tuple[ProgramSet, RunnerConfig, Any, Split]:
-    arch, split = parse_config(SMALL), mesh.absent_tpu(slice_name).split(ranks)
+def made(slice_name: str, ranks: int, pages: int, **changes: Any) -> tuple[ProgramSet, RunnerConfig, Any, Split]:
+    arch, split = parse_config(SMALL | changes), mesh.absent_tpu(slice_name).split(ranks)
     config = RunnerConfig(
         arch=arch, dtype="bfloat16", kv_dtype="bfloat16", max_slots=8, max_model_len=2048, page_tokens=(128,),
         token_buckets=(8, 256), row_buckets=(8,), load_format="dummy", sampler_limits=LIMITS, tensor_size=ranks,
+        max_num_steps=4,
     )  # fmt: skip
     held = layout(cache_groups(arch), pages, 128, ranks)
     held = type(held)(groups=held.groups, pools=held.pools, kv_dtype="bfloat16")
@@ -54,7 +56,7 @@ def test_one_chip() -> None:
     many, *_ = made("v6e", 1, 256)
     planned = workspace_bytes(config, params, split)
     for small, large in zip(few.programs(), many.programs(), strict=True):
-        if small.name[0] not in ("forward", "sample", "copy"):
+        if small.name[0] not in ("forward", "sample", "turns", "copy"):
             continue
         assert len(jax.tree_util.tree_leaves(large.args)) < 50, large.name
         scratch = few.build(small).memory_analysis().temp_size_in_bytes
@@ -63,6 +65,19 @@ def test_one_chip() -> None:
         assert scratch < param_bytes(params) / 2 and scratch < planned, large.name
         if small.name[0] != "sample":
             assert memory.alias_size_in_bytes >= cache_bytes(256, 1), large.name
+
+
+@pytest.mark.parametrize(("slice_name", "quant"), [("v5e", INT8), ("v6e", {"quant_method": "fp8"})])
+def test_weights_in_few_bits_are_read_where_they_lie(slice_name: str, quant: dict[str, Any]) -> None:
+    """No scratch as large as what a layer's largest weight takes, as it lies or widened."""
+    programs, _, params, _ = made(slice_name, 1, 16, quantization_config=quant, intermediate_size=8192)
+    (stack,) = params["stacks"]
+    assert stack["gate_up"].dtype.itemsize == 1
+    for program in programs.programs():
+        if program.name[0] == "forward":
+            assert len(jax.tree_util.tree_leaves(program.args)) < 50
+            scratch = programs.build(program).memory_analysis().temp_size_in_bytes
+            assert scratch < stack["gate_up"].size // 6, program.name
 
 
 def test_two_all_reduces_a_layer_over_four_chips() -> None:

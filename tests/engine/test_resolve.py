@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from engine.buckets import powers_to
 from engine.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, ScheduleConfig
 from engine.errors import ConfigError
-from engine.resolve import GIB, kv_bytes_of, plan_cache, powers_to, resolve
+from engine.resolve import GIB, kv_bytes_of, plan_cache, resolve
 from engine.runner import Capability, DeviceInfo
 from engine.specs.arch import ArchSpec, Attention, GatedFfn, LayerSpec, Norms, RopeSpec
 
@@ -56,6 +57,34 @@ def test_defaults_work_with_no_tuning() -> None:
 def test_exact_devices_have_no_buckets() -> None:
     resolved = resolve(EngineConfig(), arch(), replace(CPU, bucket_style="exact"))
     assert resolved.runner.row_buckets == resolved.runner.token_buckets == ()
+
+
+def turns_of(config: EngineConfig, device: DeviceInfo, layers: int = 2) -> tuple[int, int]:
+    model = arch()
+    runner = resolve(config, replace(model, layers=model.layers[:1] * layers), device).runner
+    return runner.max_num_steps, runner.max_turn_rows
+
+
+def test_several_turns_where_they_are_short() -> None:
+    """On a CPU of few rows, on a TPU of all; not where the runner takes one, nor by itself on a GPU."""
+    able = replace(CPU, capabilities=frozenset({Capability.MULTI_STEP}))
+    assert turns_of(EngineConfig(), able) == (8, 4)
+    assert turns_of(EngineConfig(schedule=ScheduleConfig(max_num_seqs=2)), able) == (8, 2)
+    assert turns_of(EngineConfig(), able, layers=400)[0] == 1
+    assert turns_of(EngineConfig(), CPU)[0] == 1
+    assert turns_of(EngineConfig(), replace(able, kind="tpu")) == (8, 256)
+    assert turns_of(EngineConfig(), replace(able, kind="gpu"))[0] == 1
+    given = EngineConfig(schedule=ScheduleConfig(num_scheduler_steps=16))
+    assert turns_of(given, replace(able, kind="gpu")) == (16, 256)
+    assert turns_of(EngineConfig(schedule=ScheduleConfig(num_scheduler_steps=1)), able)[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [(0, "expected 1 .. 64"), (65, "expected 1 .. 64"), (8, "use --backend jax")]
+)
+def test_numbers_of_turns_that_are_refused(given: int, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"--num-scheduler-steps: {given} .*{said}"):
+        resolve(EngineConfig(schedule=ScheduleConfig(num_scheduler_steps=given)), arch(), CPU)
 
 
 @pytest.mark.parametrize(("first", "last", "expected"), [(1, 8, (1, 2, 4, 8)), (1, 6, (1, 2, 4, 6)), (64, 32, (32,))])

@@ -284,8 +284,6 @@ def test_flag_and_checkpoint_must_agree(tmp_path: Path) -> None:
     for folder, backend, flag, message in (
         (plain, "torch", "gptq", "--quantization: 'gptq' needs a checkpoint made so.*fp8"),
         (packed, "torch", "fp8", "--quantization: 'fp8', but config.json says awq"),
-        (packed, "jax", None, "quantization_config: 'awq' is not supported by this backend.*--backend torch"),
-        (plain, "jax", "fp8", "--quantization: 'fp8' is not supported by this backend.*--backend torch"),
     ):
         settings = engine_config(backend, Case(name="", family="llama", quantization=flag))
         with pytest.raises(ConfigError, match=message):

@@ -32,8 +32,8 @@ from tests.engine.specs.damage import FILE, Draft
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def on_one_device(_: ParamSpec) -> jax.sharding.Sharding:
-    return jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+def on_one_device(param: ParamSpec) -> orbax.Place:
+    return param.shape, jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
 
 
 def restored(folder: Path) -> dict[str, jax.Array]:
@@ -128,9 +128,10 @@ path = Path(sys.argv[1])
 arch = parse_config(read_config(path))
 mesh = Mesh(np.array(jax.devices()), ("tensor",))
 split = {"heads", "ffn", "vocab"}
-def sharding(param):
-    return NamedSharding(mesh, PartitionSpec(*("tensor" if axis in split else None for axis in param.axes)))
-for param, array in orbax.read_params(path, arch, sharding):
+def place(param):
+    spec = PartitionSpec(*("tensor" if axis in split else None for axis in param.axes))
+    return param.shape, NamedSharding(mesh, spec)
+for param, array in orbax.read_params(path, arch, place):
     whole = np.asarray(array)
     for rank, shard in enumerate(sorted(array.addressable_shards, key=lambda s: s.device.id)):
         if "kv_heads" not in param.axes:

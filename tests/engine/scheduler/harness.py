@@ -11,8 +11,9 @@ import msgspec
 import numpy as np
 
 from backends.fake import Runner
-from engine.core.loop import CoreLoop
+from engine.core.loop import CoreLoop, Loop
 from engine.core.messages import AbortRequests, AddRequest, FromCore, LogprobColumns, RequestFailed, StepOutputs
+from engine.core.replicas import ReplicaLoop, Replicas
 from engine.executor.base import SameProcess
 from engine.params import SamplingParams
 from engine.request import FinishReason
@@ -40,6 +41,7 @@ class Sizes:
     max_num_batched_tokens: int = 64
     max_model_len: int = 256
     max_in_flight: int = 2
+    num_replicas: int = 1
     buckets: bool = True
     extra: dict[str, object] = field(default_factory=dict)
 
@@ -126,6 +128,9 @@ def make_runner(sizes: Sizes, config: SchedulerConfig, layout: CacheLayout, **op
             token_buckets=config.token_buckets,
             row_buckets=config.row_buckets,
             max_in_flight=config.max_in_flight,
+            max_num_steps=config.max_num_steps,
+            max_turn_rows=config.max_turn_rows,
+            num_replicas=sizes.num_replicas,
             sampler_limits=SamplerLimits(max_logprobs=config.max_logprobs),
         ),
         Placement(),
@@ -161,8 +166,13 @@ class Core:
         self.config = scheduler_config(self.sizes)
         self.layout = layout_of(self.sizes)
         self.runner = make_runner(self.sizes, self.config, self.layout, **options)
-        self.scheduler = Scheduler(self.config, self.layout)
-        self.loop = CoreLoop(self.scheduler, SameProcess(self.runner), self.sizes.max_in_flight)
+        self.schedulers = [Scheduler(self.config, self.layout) for _ in range(self.sizes.num_replicas)]
+        self.scheduler, depth = self.schedulers[0], self.sizes.max_in_flight
+        self.loop: Loop
+        if len(self.schedulers) == 1:
+            self.loop = CoreLoop(self.scheduler, SameProcess(self.runner), depth)
+        else:
+            self.loop = ReplicaLoop(Replicas(self.schedulers), SameProcess(self.runner), depth)
         self.answers: dict[int, Answer] = {}
         self.aborted: set[int] = set()
         self.replies: list[int] = []
@@ -237,7 +247,8 @@ class Core:
                 return
             self.step()
             if check:
-                self.scheduler.check_integrity()
+                for scheduler in self.schedulers:
+                    scheduler.check_integrity()
         raise AssertionError(f"work is left after {max_steps} steps")
 
 

@@ -80,6 +80,8 @@ def sizes_of(draw: st.DataObject) -> Sizes:
         max_in_flight=draw.draw(st.integers(1, 2)),
         buckets=draw.draw(st.booleans()),
         extra={
+            "max_num_steps": draw.draw(st.sampled_from([1, 2, 8, 8])),
+            "max_turn_rows": draw.draw(st.sampled_from([1, 2, 99])),
             "policy": draw.draw(st.sampled_from(["fcfs", "priority"])),
             "aging_steps": draw.draw(st.sampled_from([1, 20, 1024])),
             "enable_prefix_caching": draw.draw(st.sampled_from([True, True, False])),
