@@ -64,8 +64,8 @@ class Found:
         return self.arguments + self.outputs - self.aliased + self.scratch
 
 
-def compile_case(name: str, every: bool) -> tuple[list[str], list[Found]]:
-    """(cells of the plan, programs)."""
+def prepared(name: str) -> tuple[Builder, Any, Any, int, ProgramSet]:
+    """(builder, resolved configuration, layout of the cache, longest request, programs) of a case, weights absent."""
     shape, slice_name, ranks = CASES[name]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(shape))
@@ -79,6 +79,13 @@ def compile_case(name: str, every: bool) -> tuple[list[str], list[Found]]:
     builder.configure(resolved.runner)
     layout, length, _ = plan_cache(config, resolved, kv_budget(config, device, builder.cache_budget_bytes(), None))
     made = ProgramSet(resolved.runner, layout, builder.params, builder.split)
+    return builder, resolved, layout, length, made
+
+
+def compile_case(name: str, every: bool) -> tuple[list[str], list[Found]]:
+    """(cells of the plan, programs)."""
+    _, slice_name, ranks = CASES[name]
+    builder, resolved, layout, length, made = prepared(name)
     programs = made.programs()
     largest, rows = max(resolved.runner.token_buckets), max(resolved.runner.row_buckets)
     wanted = {("forward", rows), ("forward", largest), ("sample", rows), ("turns", rows)}

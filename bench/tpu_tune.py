@@ -1,6 +1,6 @@
 """Block sizes of the TPU matrix products by static cycles, with no TPU: writes pallas_kernels/data/matmul.json.
 
-    python -m bench.kernels --tpu v6e [--write]     of one generation; prints, or puts them into the table
+    python -m bench.kernels --tpu v6e [--variants fp8 ...] [--write]     of one generation; prints, or fills the table
 
 Every candidate of a variant and a class of shapes is compiled under a name of its own, and the compiler's static
 profile says its cycles, waits for blocks at the bandwidth that the compiler assumes included (few rows come out near
@@ -18,6 +18,7 @@ import json
 import re
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +32,31 @@ CHIPS: dict[str, tuple[int, dict[str, int], float]] = {
     "v5p": (8 * 128 * 128, {"int8": 2}, 2765 / 1.75),
     "tpu7x": (4 * 256 * 256, {"fp8": 2}, 7370 / 2 / 2.2),
 }
-INNER = COLUMNS = 4096
+INNER, COLUMNS, MANY_COLUMNS = 4096, 4096, 14336
 VARIANTS = ("bf16", "int8", "fp8", "w4")
 WIDE = [(4096, 256, 256), (4096, 512, 256), (4096, 512, 512), (2048, 1024, 512)]  # inner, columns, chunk
-CANDIDATES: dict[int, list[tuple[int, int, int, int]]] = {
-    16: [(16, *sizes) for sizes in (*WIDE, (4096, 1024, 1024), (2048, 2048, 1024))],
-    128: [(128, *sizes) for sizes in WIDE],
-    512: [(512, *sizes) for sizes in WIDE],
-    2048: [(512, 4096, 512, 256), (1024, 4096, 512, 256), (1024, 4096, 512, 512), (2048, 4096, 256, 256)],
+LARGE = [
+    (512, 4096, 512, 256), (1024, 4096, 512, 256), (1024, 4096, 512, 512), (2048, 4096, 256, 256),
+    (2048, 4096, 512, 512), (1024, 4096, 1024, 1024), (1024, 2048, 1024, 1024),
+]  # fmt: skip
+CANDIDATES: dict[tuple[int, int], list[tuple[int, int, int, int]]] = {
+    (16, COLUMNS): [(16, *sizes) for sizes in (*WIDE, (4096, 1024, 1024), (2048, 2048, 1024))],
+    (128, COLUMNS): [(128, *sizes) for sizes in WIDE],
+    (512, COLUMNS): [(512, *sizes) for sizes in (*WIDE, (4096, 1024, 1024), (2048, 1024, 1024))],
+    (2048, COLUMNS): LARGE,
+    (2048, MANY_COLUMNS): LARGE,
 }
-"""By rows: (rows, inner, columns, chunk) of a block."""
+"""By rows and columns of the product: (rows, inner, columns, chunk) of a block."""
 BF16_VECTORS = ("v6e", "tpu7x")  # elsewhere scales on 4-bit weights are not tried: the profiler fails on v5e and v5p
 MAX_W4_CHUNK = 256  # unpacking is straight code: twice the chunk takes many times as long to compile
 
 
 def candidates(generation: str, variant: str) -> list[str]:
-    """Names: rows of the class, sizes of the block, and where 4-bit scales go."""
+    """Names: rows and columns of the class, sizes of the block, and where 4-bit scales go."""
     found = []
-    for rows, blocks in CANDIDATES.items():
+    for (rows, columns), blocks in CANDIDATES.items():
         for block in blocks:
-            name = f"{rows}_{'_'.join(map(str, block))}"
+            name = f"{rows}_{columns}_{'_'.join(map(str, block))}"
             if variant != "w4":
                 found.append(name)
             elif block[3] <= MAX_W4_CHUNK:
@@ -65,19 +71,19 @@ def job(generation: str, variant: str, name: str) -> tuple[Any, list[Any]]:
 
     from pallas_kernels.tpu_matmul import LANES, Block, product
 
-    rows, m, k, n, chunk = map(int, name.split("_")[:5])
-    scaling: Any = name.split("_")[5] if variant == "w4" else "sums"
+    rows, columns, m, k, n, chunk = map(int, name.split("_")[:6])
+    scaling: Any = name.split("_")[6] if variant == "w4" else "sums"
     block = Block(m=m, k=k, n=n, chunk=chunk, scaling=scaling)
     groups, f32, bf16, e4m3 = INNER // LANES, jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn
     x, w = {"int8": (jnp.int8, jnp.int8), "fp8": (e4m3 if generation == "tpu7x" else bf16, e4m3)}.get(
         variant, (bf16, jnp.int32 if variant == "w4" else bf16)
     )
-    of_weights, of_sums = ((COLUMNS, groups), bf16), ((groups, COLUMNS), f32)
+    of_weights, of_sums = ((columns, groups), bf16), ((groups, columns), f32)
     kind, scales = {
         "bf16": ("plain", []),
         "w4": (scaling, [of_weights if scaling == "weights" else of_sums]),
-    }.get(variant, ("scaled", [((rows, 1), f32), ((1, COLUMNS), f32)]))
-    weight = (COLUMNS // 8 if variant == "w4" else COLUMNS, INNER)
+    }.get(variant, ("scaled", [((rows, 1), f32), ((1, columns), f32)]))
+    weight = (columns // 8 if variant == "w4" else columns, INNER)
     shapes = [jax.ShapeDtypeStruct(*each) for each in (((rows, INNER), x), (weight, w), *scales)]
     return lambda x, w, *s: product(x, w, s, kind, block, jnp.dtype(bf16), False, "m" + name), shapes
 
@@ -114,25 +120,25 @@ def child(generation: str, variant: str, names: list[str]) -> None:
         compile_for(*job(generation, variant, name))
 
 
-def tune(generation: str) -> dict[str, dict[str, Any]]:
+def tune(generation: str, variants: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Of each variant and class of shapes the block with the fewest cycles."""
     units, faster, bandwidth = CHIPS[generation]
     table: dict[str, dict[str, Any]] = {}
-    for variant in VARIANTS:
+    for variant in variants:
         cycles = cycles_of(generation, variant)
         a_weight = {"bf16": 2, "int8": 1, "fp8": 1, "w4": 0.5}[variant]
         table[variant] = {}
-        for rows in CANDIDATES:
-            shape = f"{rows}x{INNER}x{COLUMNS}"
-            best, name = min((count, name) for name, count in cycles.items() if name.startswith(f"{rows}_"))
-            ideal = rows * INNER * COLUMNS / (units * faster.get(variant, 1))
+        for rows, columns in CANDIDATES:
+            shape = f"{rows}x{INNER}x{columns}"
+            best, name = min((count, name) for name, count in cycles.items() if name.startswith(f"{rows}_{columns}_"))
+            ideal = rows * INNER * columns / (units * faster.get(variant, 1))
             table[variant][shape] = {
-                "block": [int(size) for size in name.split("_")[1:5]],
-                **({"scaling": name.split("_")[5]} if variant == "w4" else {}),
+                "block": [int(size) for size in name.split("_")[2:6]],
+                **({"scaling": name.split("_")[6]} if variant == "w4" else {}),
                 "source": "static",
                 "cycles": best,
                 "share_of_ideal": round(ideal / best, 3),
-                "memory_cycles": round((a_weight * INNER * COLUMNS + 2 * rows * (INNER + COLUMNS)) / bandwidth),
+                "memory_cycles": round((a_weight * INNER * columns + 2 * rows * (INNER + columns)) / bandwidth),
             }
             print(generation, variant, rows, table[variant][shape], flush=True)
     return table
@@ -142,11 +148,12 @@ def main(options: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("generation", choices=list(GENERATIONS))
     parser.add_argument("--write", action="store_true", help="put the blocks into pallas_kernels/data/matmul.json")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="some of them")
     args = parser.parse_args(options)
-    found = tune(args.generation)
+    found = tune(args.generation, args.variants)
     if args.write:
         table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
-        table[args.generation] = found
+        table.setdefault(args.generation, {}).update(found)
         TABLE.write_text(json.dumps({name: table[name] for name in GENERATIONS if name in table}, indent=1) + "\n")
     return 0
 

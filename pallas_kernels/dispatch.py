@@ -12,6 +12,7 @@ from functools import partial
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import (
     cpu_attention,
@@ -22,6 +23,7 @@ from pallas_kernels import (
     quant_linear,
     ranks,
     tpu_attention,
+    tpu_sampling,
 )
 from pallas_kernels import paged_attention as plain
 from pallas_kernels.cpu_library import library
@@ -157,6 +159,21 @@ def choose_kernel(platform: str, head_size: int) -> str:
     if platform == "gpu" and gpu_attention.available(head_size):
         return "gpu"
     return "cpu" if platform == "cpu" and cpu_attention.available(head_size) else "plain"
+
+
+def choose_likely(platform: str, vocab_size: int, devices: int) -> str:
+    """Who drops unlikely ids before sampling, for keep_likely; "plain": the caller. Several devices have logits in
+    parts, which XLA partitions and a kernel not."""
+    return "tpu" if platform == "tpu" and devices == 1 and vocab_size % tpu_sampling.LANES == 0 else "plain"
+
+
+def keep_likely(logits: Array, min_p: Array, top_k: Array, top_p: Array, kernel: str) -> Array:
+    """logits with -inf for ids that a mask drops: min-p, then top-k, then top-p. kernel: "tpu" | "tpu_interpreted".
+
+    logits: f32 [B, V]; the others: [B], off at 0, 0 and 1.
+    """
+    simulated = pltpu.InterpretParams() if kernel == "tpu_interpreted" else False
+    return tpu_sampling.keep(logits, min_p, top_k, top_p, interpret=simulated)
 
 
 def make_lists(work: Work, tokens: int, window: int | None) -> Work:

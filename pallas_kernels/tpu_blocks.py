@@ -18,7 +18,8 @@ ROW_TILE = 32  # rows of a register of int8 and fp8; half of it would do for bf1
 
 
 def block_for(generation: str, variant: str, rows: int, inner: int, columns: int) -> Block:
-    """The block of the class with the fewest rows that holds `rows`, else of the largest, cut down to the shape.
+    """The block of the class with the fewest rows that holds `rows`, else of the largest, cut down to the shape; of two
+    classes of so many rows that with the most columns that are there.
 
     K of the block becomes the largest multiple of 128 that divides K; rows and columns no more than there are. Raises
     ValueError for a generation or variant that the table has not, and for a K that is no multiple of 128.
@@ -29,8 +30,12 @@ def block_for(generation: str, variant: str, rows: int, inner: int, columns: int
         raise ValueError(f"{variant} on {generation}: no blocks; there are {known}")
     if inner % LANES:
         raise ValueError(f"K {inner}: a multiple of {LANES} is wanted")
-    classes = {int(name.split("x")[0]): entry for name, entry in variants[variant].items()}
-    entry = classes[min((held for held in classes if held >= rows), default=max(classes))]
+    classes: dict[int, dict[int, Any]] = {}
+    for name, held in variants[variant].items():
+        of_class = name.split("x")
+        classes.setdefault(int(of_class[0]), {})[int(of_class[2])] = held
+    widths = classes[min((held for held in classes if held >= rows), default=max(classes))]
+    entry = widths[max((width for width in widths if width <= columns), default=min(widths))]
     m, k, n, chunk = entry["block"]
     whole = inner // LANES
     k = LANES * max(part for part in range(1, k // LANES + 1) if whole % part == 0)

@@ -73,7 +73,8 @@ def matmul_w8a8(
 ) -> Array:
     """(rounded x) @ w.T, of x's dtype. x: [M, K] bf16, rounded a row; w: [N, K] int8 or e4m3; scale: f32 [N].
 
-    wide: for chips whose matrix unit has no fp8 (all before tpu7x) the rounded x is bf16, and w is widened inside.
+    wide: for chips whose matrix unit has no fp8 product (all before tpu7x) the rounded x is bf16; e4m3 beside it is
+    taken as it is, the unit turns it to bf16 where it is latched.
     """
     codes, rows = round_rows(x, w.dtype)
     codes = codes.astype(jnp.bfloat16) if wide else codes
@@ -155,27 +156,35 @@ def kernel(x: Any, w: Any, *rest: Any, kind: Any, chunk: Any, steps: Any) -> Non
             sums = sums.astype(jnp.float32) * scales[0][...] * scales[1][:, columns]
         out[:, columns] = sums.astype(out.dtype)
 
-    def column_chunk(turn: Any, _: Any) -> Any:
-        columns, words = (pl.ds(pl.multiple_of(turn * size, size), size) for size in (chunk, chunk // 8))
+    def partial_sums(turn: Any, columns: Any) -> Any:
+        words = pl.ds(pl.multiple_of(turn * (chunk // 8), chunk // 8), chunk // 8)
         if kind == "weights":
-            part = dot(x[...], scaled_weights(w[words, :], scales[0][columns, :], step), total.dtype)
-        elif kind == "sums":
-            part = scaled_sums(x, w[words, :], scales[0][:, columns])
-        else:
-            part = dot(x[...], w[columns, :].astype(x.dtype), total.dtype)
+            return dot(x[...], scaled_weights(w[words, :], scales[0][columns, :], step), total.dtype)
+        if kind == "sums":
+            return scaled_sums(x, w[words, :], scales[0][:, columns])
+        weight = w[columns, :]
+        return dot(x[...], weight if is_mixed(x, weight) else weight.astype(x.dtype), total.dtype)
+
+    def column_chunk(turn: Any, _: Any) -> Any:
+        columns = pl.ds(pl.multiple_of(turn * chunk, chunk), chunk)
         if steps == 1:
-            finish(part, columns)
+            finish(partial_sums(turn, columns), columns)
             return 0
 
+        # a body each: the first loads no sums, the last stores none
         @pl.when(step == 0)
         def _() -> None:
-            total[:, columns] = jnp.zeros(part.shape, total.dtype)
+            total[:, columns] = partial_sums(turn, columns)
 
-        total[:, columns] += part
+        if steps > 2:
+
+            @pl.when((step > 0) & (step < steps - 1))
+            def _() -> None:
+                total[:, columns] += partial_sums(turn, columns)
 
         @pl.when(step == steps - 1)
         def _() -> None:
-            finish(total[:, columns], columns)
+            finish(total[:, columns] + partial_sums(turn, columns), columns)
 
         return 0
 
@@ -184,6 +193,11 @@ def kernel(x: Any, w: Any, *rest: Any, kind: Any, chunk: Any, steps: Any) -> Non
         column_chunk(0, 0)
     else:
         lax.fori_loop(0, turns, column_chunk, 0)
+
+
+def is_mixed(x: Any, weight: Any) -> bool:
+    """Whether the matrix units take the two as they are: e4m3 weights beside bfloat16 rows, in every generation."""
+    return x.dtype == jnp.bfloat16 and weight.dtype == jnp.float8_e4m3fn
 
 
 def dot(x: Array, w: Array, sums: np.dtype) -> Array:

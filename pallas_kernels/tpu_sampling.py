@@ -4,7 +4,8 @@ Eight rows at a time, their whole vocabulary resident (40 MiB for 262144 ids): H
 the 32 halvings of a threshold pass over VMEM. Thresholds are bisected as integers in the order of the floats and
 compared as floats, so the kept ids are those of backends/jax/sample.py (keep_likely, keep_top_k, keep_top_p, in this
 order), ties included; where top-p's sum meets its bound within float32's rounding the order of additions decides. A
-mask that none of the eight rows asks for is skipped. Nothing in the engine calls this yet. Written without ref.reshape
+mask that none of the eight rows asks for is skipped. dispatch.keep_likely calls it, for logits on one device.
+Written without ref.reshape
 and ref.bitcast, so that it runs in Pallas's interpreter with its race detector. Letters: S rows · V vocabulary.
 """
 

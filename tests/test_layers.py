@@ -77,6 +77,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("imports", "backends/torch/gpu.py"): "joins graphs, fused model and kernels to the steps of a GPU",
     ("imports", "backends/jax/programs.py"): "makes programs of what tables, sampler, forward pass and caches define",
     ("imports", "backends/torch/xla_steps.py"): "joins batch, tables, sampler and kernels to padded programs",
+    ("imports", "pallas_kernels/dispatch.py"): "the one place that knows every kernel of the jax side",
     ("imports", "cuda_kernels/compile_jobs.py"): "a table of all files with kernels of triton",
     ("imports", "backends/torch/graphs.py"): "joins the fused model, its kernels and their capture",
     ("imports", "backends/torch/memory.py"): "counts the bytes of every room of backends/torch, with their own sizes",

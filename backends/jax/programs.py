@@ -242,14 +242,18 @@ class ProgramSet:
                 jax.ShapeDtypeStruct((2 + size,), np.int32),
                 jax.ShapeDtypeStruct((size, -(-vocab // 32)), np.uint32),
             )
-            num_top = self._config.sampler_limits.max_logprobs
-            function = partial(self._sampling, block=self._block(size, SAMPLED), num_top=num_top)
+            function = partial(self._sampling, shape=self._sampled(size, SAMPLED))
             programs.append(Program(("sample", size), function, args, donate=(1, 2)))
         return programs
 
-    def _block(self, rows: int, most: int) -> int:
-        """Rows sampled together, on an accelerator at most so many."""
-        return HEAD_ROWS if self._split.platform == "cpu" else sampled_together(rows, most)
+    def _sampled(self, rows: int, most: int) -> sample.Sampled:
+        """most: rows sampled together on an accelerator."""
+        split, config = self._split, self._config
+        return sample.Sampled(
+            block=HEAD_ROWS if split.platform == "cpu" else sampled_together(rows, most),
+            num_top=config.sampler_limits.max_logprobs,
+            likely=dispatch.choose_likely(split.platform, config.arch.vocab_size, len(split.devices)),
+        )
 
     def _turn_programs(self) -> list[Program]:
         """Several turns of decode steps, a program a bucket that such a step can have."""
@@ -269,8 +273,7 @@ class ProgramSet:
                 most=config.max_num_steps,
                 null_slot=config.max_slots,
                 vocab_size=config.arch.vocab_size,
-                block=self._block(shape.rows, SAMPLED_IN_TURN),
-                num_top=config.sampler_limits.max_logprobs,
+                sampled=self._sampled(shape.rows, SAMPLED_IN_TURN),
             )
             packed = jax.ShapeDtypeStruct((packed_size(shape),), np.int32)
             control = jax.ShapeDtypeStruct((turns.CONTROLS,), np.int32)

@@ -8,6 +8,7 @@ condition on `uses`. Letters: B rows of a block · V vocabulary · W = ceil(V / 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -16,14 +17,18 @@ from jax import Array, lax
 
 from backends.jax.tables import IN_PROMPT, Rows, Tables, advance, remember
 from engine.opened import Use
+from pallas_kernels import dispatch
 
 PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 SAMPLING_STREAM = 0
 
 
-def pick(logits: Array, slots: Array, mask: Array, rows: Rows, tables: Tables, uses: Array) -> Array:
-    """Token ids i32 [B]. logits: f32 [B, V]; slots: i32 [B]; mask: u32 [B, W]; uses: i32 [] of Use bits."""
+def pick(
+    logits: Array, slots: Array, mask: Array, rows: Rows, tables: Tables, uses: Array, likely: str = "plain"
+) -> Array:
+    """Token ids i32 [B]. logits: f32 [B, V]; slots: i32 [B]; mask: u32 [B, W]; uses: i32 [] of Use bits; likely: who
+    drops unlikely ids, as dispatch.choose_likely says."""
 
     def used(use: Use) -> Array:
         return uses & int(use) != 0
@@ -36,12 +41,19 @@ def pick(logits: Array, slots: Array, mask: Array, rows: Rows, tables: Tables, u
         x = lax.cond(used(Use.BIAS), lambda x: add_bias(x, slots, tables), lambda x: x, x)
         return lax.cond(used(Use.PENALTIES), lambda x: penalise(x, slots, tables), lambda x: x, x)
 
+    def drop_unlikely(x: Array) -> Array:
+        limits = tables.min_p[slots], tables.top_k[slots], tables.top_p[slots]
+        if likely != "plain":
+            any_use = used(Use.MIN_P | Use.TOP_K | Use.TOP_P)
+            return lax.cond(any_use, lambda x: dispatch.keep_likely(x, *limits, likely), lambda x: x, x)
+        x = lax.cond(used(Use.MIN_P), lambda x: keep_likely(x, limits[0]), lambda x: x, x)
+        x = lax.cond(used(Use.TOP_K), lambda x: keep_top_k(x, limits[1]), lambda x: x, x)
+        return lax.cond(used(Use.TOP_P), lambda x: keep_top_p(x, limits[2]), lambda x: x, x)
+
     def draw(x: Array) -> Array:
         temperature = tables.temperature[slots][:, None]
         warm = x / jnp.where(temperature > 0, temperature, 1.0)
-        warm = lax.cond(used(Use.MIN_P), lambda x: keep_likely(x, tables.min_p[slots]), lambda x: x, warm)
-        warm = lax.cond(used(Use.TOP_K), lambda x: keep_top_k(x, tables.top_k[slots]), lambda x: x, warm)
-        warm = lax.cond(used(Use.TOP_P), lambda x: keep_top_p(x, tables.top_p[slots]), lambda x: x, warm)
+        warm = drop_unlikely(warm)
         noise = gumbel(tables.seed[slots], rows.num_outputs[slots], x.shape[1])
         return jnp.where(temperature > 0, warm + noise, x)
 
@@ -229,8 +241,23 @@ def score(logits: Array, targets: Array, num_top: int) -> tuple[Array, Array, Ar
     return (chosen - norm)[:, 0], rank, ids.astype(jnp.int32), top - norm
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """What a sampling program is compiled for: rows of a block, log-probabilities of a row, who drops unlikely ids."""
+
+    block: int
+    num_top: int
+    likely: str
+
+
 def sampling(
-    logits: Array, rows: Rows, tables: Tables, packed: Array, mask: Array, *, block: int, num_top: int
+    logits: Array,
+    rows: Rows,
+    tables: Tables,
+    packed: Array,
+    mask: Array,
+    *,
+    shape: Sampled,
 ) -> tuple[Rows, Tables, Array, tuple[Array, Array, Array, Array]]:
     """The sampling program: -> (rows, tables, ids i32 [S], raw log-probabilities as `score` gives them).
 
@@ -239,7 +266,7 @@ def sampling(
     """
     uses, num_logits, slots = packed[0], packed[1], packed[2:]
     size = logits.shape[0]
-    block = min(block, size)
+    block, num_top = min(shape.block, size), shape.num_top
 
     def run(first: Array) -> tuple[Array, tuple[Array, Array, Array, Array]]:
         part = lax.dynamic_slice_in_dim(logits, first, block)
@@ -250,6 +277,7 @@ def sampling(
             rows,
             tables,
             uses,
+            shape.likely,
         )
         empty = empty_scores(block, num_top)
         scores = lax.cond(uses & int(Use.LOGPROBS) != 0, lambda: score(part, ids, num_top), lambda: empty)

@@ -35,8 +35,7 @@ class Loop:
     most: int  # k
     null_slot: int
     vocab_size: int
-    block: int  # rows sampled together
-    num_top: int
+    sampled: sample.Sampled
 
 
 @jax.tree_util.register_dataclass
@@ -69,7 +68,7 @@ def several_turns(
     size, most = loop.shape.rows, loop.most
     # opening rows leaves -1 there; parked rows begin at 0
     rows = replace(rows, length=rows.length.at[loop.null_slot].set(0))
-    scores = sample.empty_scores(size * most, loop.num_top)
+    scores = sample.empty_scores(size * most, loop.sampled.num_top)
     begin = Carry(
         turn=jnp.int32(0),
         live=jnp.arange(size) < unpack(packed, loop.shape)["num_rows"],
@@ -99,7 +98,7 @@ def one_turn(params: dict[str, Any], now: Carry, uses: Array, loop: Loop) -> Car
     mask = jnp.zeros((size, -(-loop.vocab_size // 32)), jnp.uint32)  # late masks come with steps of one turn
     asked = jnp.concatenate([jnp.stack([uses, step["num_logits"]]), slots])
     rows, tables, tokens, scores = sample.sampling(
-        logits[:, : loop.vocab_size], rows, now.tables, asked, mask, block=loop.block, num_top=loop.num_top
+        logits[:, : loop.vocab_size], rows, now.tables, asked, mask, shape=loop.sampled
     )
     ends = jnp.stack([now.ends[:, 0] + 1, now.ends[:, 1] | flags[1], now.ends[:, 2] | flags[2]], axis=1)
     live = now.live & ~has_ended(rows, tables, slots, tokens)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +15,10 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental.pallas import tpu as pltpu
 
 from backends.jax import sample
-from pallas_kernels import tpu_sampling
+from backends.jax.tables import table_shapes
+from engine.opened import Use
+from engine.runner import SamplerLimits
+from pallas_kernels import dispatch, tpu_sampling
 
 
 def of_the_sampler(logits: np.ndarray, min_p: np.ndarray, top_k: np.ndarray, top_p: np.ndarray) -> np.ndarray:
@@ -88,3 +95,33 @@ def test_a_vocabulary_of_parts_is_refused() -> None:
     one = jnp.ones(2)
     with pytest.raises(ValueError, match="a vocabulary of whole 128s"):
         tpu_sampling.keep(jnp.zeros((2, 100), jnp.float32), one, one.astype(jnp.int32), one)
+
+
+@pytest.mark.parametrize("used", [Use(0), Use.TOP_K, Use.MIN_P | Use.TOP_P, Use.MIN_P | Use.TOP_K | Use.TOP_P])
+def test_the_sampler_with_the_kernel(used: Use) -> None:
+    """Rows of all kinds, greedy ones and a padding row among them: the ids that it draws without the kernel."""
+    vocab, slots, limits = 384, 12, SamplerLimits()
+    rng = np.random.default_rng(int(used))
+    rows, tables = jax.tree_util.tree_map(
+        lambda shape: jnp.zeros(shape.shape, shape.dtype), table_shapes(slots, vocab, (1,), limits)
+    )
+    off = np.arange(slots + 1) % 3 == 0
+    tables = replace(
+        tables,
+        temperature=jnp.asarray(rng.choice([0.0, 0.7, 1.5], slots + 1), jnp.float32),
+        min_p=jnp.asarray(np.where(off | (Use.MIN_P not in used), 0, 0.05), jnp.float32),
+        top_k=jnp.asarray(np.where(off | (Use.TOP_K not in used), 0, 20), jnp.int32),
+        top_p=jnp.asarray(np.where(off | (Use.TOP_P not in used), 1, 0.7), jnp.float32),
+        seed=jnp.asarray(rng.integers(0, 2**32, (slots + 1, 2)), jnp.uint32),
+    )
+    logits = jnp.asarray(3 * rng.normal(size=(slots, vocab)), jnp.float32)
+    order = jnp.asarray([*rng.permutation(slots)[:-1], slots], jnp.int32)
+    given = logits, order, jnp.zeros((slots, vocab // 32), jnp.uint32), rows, tables, jnp.int32(used | Use.RANDOM)
+    found, wanted = (jax.jit(partial(sample.pick, likely=likely))(*given) for likely in ("tpu_interpreted", "plain"))
+    assert found[:-1].tolist() == wanted[:-1].tolist()  # the last row is padding
+
+
+def test_who_drops_unlikely_ids() -> None:
+    """Ranks have logits in parts, and a vocabulary that is no multiple of 128 has no whole registers."""
+    chosen = [dispatch.choose_likely(*given) for given in (("tpu", 128256, 1), ("tpu", 128256, 8), ("tpu", 1000, 1))]
+    assert chosen == ["tpu", "plain", "plain"] and dispatch.choose_likely("cpu", 128256, 1) == "plain"
