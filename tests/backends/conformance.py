@@ -47,7 +47,9 @@ class Conformance(SamplingConformance, FeatureConformance):
     def test_describe_needs_nothing(self) -> None:
         runner = self.make_runner()
         info = runner.describe()
-        assert isinstance(info, DeviceInfo) and info == runner.describe()
+        assert isinstance(info, DeviceInfo)
+        again = runner.describe()
+        assert replace(info, free_bytes=again.free_bytes) == again  # of a CPU others use the memory too
         assert info.max_in_flight >= 1 and info.page_tokens % 16 == 0 and info.memory_bytes > 0
         assert info.default_dtype in info.supported_dtypes and "float32" in info.supported_dtypes
         assert info.bucket_style in ("pow2", "exact") and info.kind in ("cpu", "gpu", "tpu", "fake")

@@ -42,7 +42,7 @@ def run(model: str, replicas: int, ranks: int, bundle: str) -> dict[str, Any]:
     llm = LLM(
         model, backend="jax", device="cpu", dtype="float32", data_parallel_size=replicas, tensor_parallel_size=ranks,
         max_num_seqs=4, max_num_batched_tokens=64, max_model_len=128, block_size=16, skip_tokenizer_init=True,
-        show_progress=False, **pages,
+        show_progress=False, num_scheduler_steps=1, **pages,  # replicas take one turn a step
     )  # fmt: skip
     prompts, params = requests()
     outputs = llm.generate(prompts, params, use_tqdm=False)

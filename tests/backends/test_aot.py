@@ -186,7 +186,7 @@ class TestLoaded(Conformance):
 def runner_config(**changes: Any) -> RunnerConfig:
     values: dict[str, Any] = {
         "arch": llama(), "dtype": "float32", "kv_dtype": "float32", "max_model_len": 128, "page_tokens": (16,),
-        "load_format": "dummy", "device": "cpu", **SMALL,
+        "load_format": "dummy", "device": "cpu", "max_num_steps": 8, **SMALL,
     }  # fmt: skip
     return RunnerConfig(**(values | changes))
 
@@ -294,6 +294,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "--max-num-batched-tokens": {"token_buckets": (2, 8)},
     "row buckets": {"row_buckets": (1, 2)},
     "--max-logprobs": {"sampler_limits": replace(LIMITS, max_logprobs=6)},
+    "--num-scheduler-steps": {"max_num_steps": 4},
+    "rows of several turns": {"max_turn_rows": 2},
     "model": {"arch": llama(vocab_size=200)},
 }
 

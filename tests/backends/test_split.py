@@ -43,7 +43,7 @@ def test_the_same_over_many_devices(layers: str, sizes: str) -> None:
         for (tokens, logprobs), (wanted, wanted_logprobs) in zip(rows, alone, strict=True):
             assert tokens == wanted, size
             # with rounded inputs a sum in another order may move one to its neighbour
-            np.testing.assert_allclose(logprobs, wanted_logprobs, atol=5e-3 if layers in ("int8", "fp8") else 2e-4)
+            np.testing.assert_allclose(logprobs, wanted_logprobs, atol=3e-2 if layers in ("int8", "fp8") else 2e-4)
 
 
 @pytest.mark.parametrize(

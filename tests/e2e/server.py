@@ -26,6 +26,7 @@ class ServerProcess:
     """`twinfer serve --port 0 ARGS`, ready when constructed; its URL is read from the line it prints."""
 
     def __init__(self, args: Sequence[str], environment: dict[str, str] | None = None) -> None:
+        self.arguments = tuple(args)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  open as long as the process
         quiet = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
