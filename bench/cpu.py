@@ -1,6 +1,10 @@
 """Decode and prefill on the CPU: our runners, driven by hand-made plans, beside transformers `generate`, in one run.
 
     python -m bench.cpu [--models llama32m default] [--dtypes float32 bfloat16] [--streams 1 8] [--sides jax torch]
+                        [--llama-python PATH]
+
+With the python of an environment that has llama_cpp (llama-cpp-python and gguf) llama.cpp is a side too: float32 beside
+its f32, bfloat16 beside its f16 and bf16 (llama32m alone; see bench/llama_cpp_side.py).
 
 Each side is a process of its own that is stopped (SIGSTOP) while another is timed, so that spinning threads of one do
 not slow the other; turns are interleaved and the best of all rounds counts. transformers runs under OMP_WAIT_POLICY
@@ -22,7 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
-PROMPT, OUTPUTS, PREFILL = 64, 64, 1000
+from bench.prompts import OUTPUTS, PREFILL, PROMPT, prompts
+
 DEFAULT_MODEL = Path(__file__).parent.parent / "engine" / "data" / "default_model"
 
 
@@ -37,11 +42,6 @@ def write_llama32m(folder: Path) -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
-
-
-def prompts(streams: int, length: int, vocab_size: int) -> np.ndarray:
-    """i32 [streams, length]."""
-    return np.random.default_rng(streams).integers(3, vocab_size, (streams, length), dtype=np.int32)
 
 
 # transformers
@@ -127,12 +127,14 @@ def serve(side: str, path: Path, dtype: str) -> None:
 class Side:
     """A process that is stopped unless it is asked."""
 
-    def __init__(self, name: str, path: Path, dtype: str) -> None:
+    def __init__(self, name: str, path: Path, dtype: str, llama_python: str = "") -> None:
         self.name = name
         env = dict(os.environ, TOKENIZERS_PARALLELISM="false", TRANSFORMERS_VERBOSITY="error")
         if name == "hf-active":
             env["OMP_WAIT_POLICY"] = "ACTIVE"
         command = [sys.executable, "-m", "bench.cpu", "--serve", name, str(path), dtype]
+        if name.startswith("llama.cpp"):
+            command = [llama_python, "-m", "bench.llama_cpp_side", str(path), name.split()[1]]
         self.process = subprocess.Popen(
             command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent
         )
@@ -161,14 +163,19 @@ class Side:
         self.process.wait()
 
 
-def compare(path: Path, dtype: str, sides: list[str], streams: list[int], rounds: int) -> dict[str, dict[str, float]]:
+PEERS = {"float32": ["llama.cpp f32"], "bfloat16": ["llama.cpp f16", "llama.cpp bf16"]}
+
+
+def compare(path: Path, dtype: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """{task: {side: best tokens a second}}."""
+    streams, rounds = args.streams, args.rounds
+    peers = PEERS[dtype] if args.llama_python else []
     tasks: list[tuple[str, dict[str, int]]] = [(f"decode x{n}", {"decode": n}) for n in streams]
     tasks.append((f"prefill {PREFILL}", {"prefill": 1}))
     running: list[Side] = []
     try:
-        for name in [*sides, "hf-default", "hf-active"]:
-            running.append(Side(name, path, dtype))
+        for name in [*args.sides, "hf-default", "hf-active", *peers]:
+            running.append(Side(name, path, dtype, args.llama_python))
         best: dict[str, dict[str, float]] = {name: {} for name, _ in tasks}
         for _ in range(rounds + 1):  # the first round warms up, and counts if it is the best
             for name, task in tasks:
@@ -189,6 +196,11 @@ def report(model: str, dtype: str, best: dict[str, dict[str, float]], sides: lis
             " active  tok/s",
             flush=True,
         )
+        peers = {name: speed for name, speed in speeds.items() if name.startswith("llama.cpp")}
+        if peers:
+            told = "  ".join(f"{name} {speed:.0f}" for name, speed in peers.items())
+            ratios = "  ".join(f"{side} {speeds[side] / max(peers.values()):.2f}x" for side in sides)
+            print(f"{'':20}{task:13} {told} tok/s: {ratios}", flush=True)
 
 
 def main() -> None:
@@ -202,6 +214,7 @@ def main() -> None:
     parser.add_argument("--streams", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--sides", nargs="+", default=["jax"], help="jax, torch")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--llama-python", default="", help="python of an environment that has llama_cpp and gguf")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         for model in args.models:
@@ -211,7 +224,7 @@ def main() -> None:
                 if not path.exists():
                     write_llama32m(path)
             for dtype in args.dtypes:
-                report(model, dtype, compare(path, dtype, args.sides, args.streams, args.rounds), args.sides)
+                report(model, dtype, compare(path, dtype, args), args.sides)
 
 
 if __name__ == "__main__":
