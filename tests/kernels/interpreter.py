@@ -1,8 +1,9 @@
 """Triton's interpreter where there is no GPU: import this before triton.
 
-Three faults of the interpreter of triton 3.6 are mended: it turns one-element arrays to integers as numpy 2.4 no longer
-allows, so that `range` over a number read from memory fails; `dot` takes bfloat16 bits for integers; and values become
-e4m3 by leaving bits out, where a GPU rounds to the nearest.
+Four faults of the interpreter of triton 3.6 are mended: it turns one-element arrays to integers as numpy 2.4 no longer
+allows, so that `range` over a number read from memory fails; `dot` takes bfloat16 bits for integers; its sums are those
+of numpy's BLAS, whose order depends on where in a tile a row stands (OpenBLAS on Zen, 16 rows and more), which it does
+not on a GPU; and values become e4m3 by leaving bits out, where a GPU rounds to the nearest.
 """
 
 from __future__ import annotations
@@ -33,8 +34,15 @@ if DEVICE.type == "cpu":
             return x
         return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), interpreter.tl.float32)
 
-    def dot(self, a, b, *rest):
-        return plain_dot(self, wide(a), wide(b), *rest)
+    def dot(self, a, b, d, *rest):
+        a, b = wide(a), wide(b)
+        if a.data.dtype != np.float32 or b.data.dtype != np.float32:
+            return plain_dot(self, a, b, d, *rest)
+        total, product = np.zeros_like(d.data), np.empty_like(d.data)
+        for column, row in zip(np.ascontiguousarray(a.data.T), b.data, strict=True):  # one order for every element
+            np.multiply(column[:, None], row[None, :], out=product)
+            total += product
+        return interpreter.TensorHandle(total + d.data, d.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_dot = dot
 

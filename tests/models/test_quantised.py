@@ -59,7 +59,7 @@ PAGES = {"phi3": 11}
         ("fp8-phi3", FP8_TENSOR, {"family": "phi3"}),
         ("int4-gemma3", INT4, {"family": "gemma3"}),
         ("int4-qwen3", INT4, {"family": "qwen3"}),
-        ("int4-qwen2", INT4, {"family": "qwen2", "initializer_range": 0.08}),
+        ("int4-qwen2", INT4, {"family": "qwen2"}),
         ("fp8", FP8, {}),
         ("fp8-block", FP8_BLOCK, {}),
         ("int8-head", INT8, {"ignore": ()}),
