@@ -45,7 +45,7 @@ Numbers = NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How the arrays of a weight are kept. codes: dtype of a TPU's codes. suffix: of its scales' name."""
+    """How the arrays of a weight are kept. suffix: of its scales' name. fixed: inputs have a scale of their own."""
 
     scheme: str
     suffix: str

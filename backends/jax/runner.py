@@ -129,6 +129,8 @@ class Runner:
         self._target = mesh.local(config.device)
         self._split = self._target.split(config.tensor_size, config.num_replicas)
         check_alike(config.arch, self._split.platform)
+        if config.arch.quant is not None and self._split.platform != "tpu":
+            log.warning("quantization: weights are kept in the activations' type, as large as plain ones")
         mesh.keep_float32_exact(self._split.device, config.dtype)
         self._bundle = Bundle.open(Path(config.executables), config, self._split) if config.executables else None
         shape = (config.num_replicas, config.max_slots)
