@@ -23,6 +23,7 @@ from pallas_kernels.paged_attention import MASKED
 TILE = 16  # rows of the smallest product
 PROGRAMS = 512  # wanted at once: about four a processor
 TOKENS = 128  # of a tile: dispatch.TILE_TOKENS
+FEW_TOKENS = 64  # of a step whose tokens are rows of their own: a launch less where all rows decode
 HEAD_SIZES = (16, 32, 64, 128, 256)  # Triton's tiles are powers of two
 WHOLE = pl.BlockSpec(memory_space=pl.ANY)
 
@@ -56,18 +57,42 @@ def paged_attention(
 ) -> tuple[Array, Array]:
     """Arguments as dispatch.paged_attention and dispatch.Work have them. What padding tokens get is of no meaning."""
     del num_rows, decode_order  # padding rows have num_new == 0
-    tokens, heads, _ = q.shape
     layer = jnp.full((1,), layer_index, jnp.int32)
     cache = write(k, v, cache, layer, write_page, write_offset, interpret)
+    out = attend(
+        q.astype(k.dtype),
+        cache,
+        (layer, page_table, query_starts, num_new, num_computed),
+        (tile_rows, tile_starts, num_tiles[None]),
+        scale=scale,
+        window=window,
+        logit_cap=logit_cap,
+        interpret=interpret,
+    )
+    return out, cache
+
+
+def attend(
+    q: Array,
+    cache: Array,
+    rows: tuple[Array, ...],
+    tiles: tuple[Array, ...],
+    *,
+    scale: float,
+    window: int | None,
+    logit_cap: float | None,
+    interpret: bool,
+) -> Array:
+    """What queries [T, N, H] see in pages that have their keys already. Arguments as attend_decode and attend_tiles."""
+    tokens, heads, _ = q.shape
     limits = {"scale": scale, "window": window, "logit_cap": logit_cap, "interpret": interpret}
-    out = q.astype(k.dtype)
+    out = q
     if interpret:  # a masked read beyond an array is moved back into it there
         out = jnp.pad(out, ((0, TOKENS), (0, TILE), (0, 0)))
-    rows = (layer, page_table, query_starts, num_new, num_computed)
     out = attend_decode(out, cache, heads, rows, **limits)
-    if tokens > 1:
-        out = attend_tiles(out, cache, heads, (*rows, tile_rows, tile_starts, num_tiles[None]), **limits)
-    return out[:tokens, :heads], cache
+    if tokens > 1 and tiles[0].shape[0]:
+        out = attend_tiles(out, cache, heads, (*rows, *tiles), **limits)
+    return out[:tokens, :heads]
 
 
 def dot(a: Array, b: Array, trans_b: bool = False) -> Array:

@@ -95,6 +95,11 @@ def stacks_layers(platform: str) -> bool:
     return platform == "tpu"
 
 
+def stacks_norms(platform: str) -> bool:
+    """Whether layers' norms lie in stacks: a host takes some 2 us for each array that it calls a GPU's program with."""
+    return platform == "gpu"
+
+
 def memory(device: jax.Device) -> tuple[int, int]:
     """(total, free) bytes of a device; of the host for a CPU."""
     if device.platform == "cpu":

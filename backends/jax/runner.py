@@ -330,8 +330,10 @@ class Runner:
         if step.num_steps > 1:
             control = np.array([step.num_steps, step.parts[0].uses], np.int32)
             step.sampled = programs.turns(state, step.tokens, packed, control)
+            self._fetch_early(step.sampled[0])
             return
         step.logits, hidden, step.flags = programs.forward(state, step.tokens, packed)
+        self._fetch_early(step.flags)
         if any(part.scored is not None for part in step.parts):
             none = np.zeros(0, np.int32)
             wanted = [(none, none) if part.scored is None else part.scored[:2] for part in step.parts]
@@ -345,7 +347,13 @@ class Runner:
             rows = [(part.slots, part.mask) if part.is_drawn else (none, None) for part in step.parts]
             uses = Use(int(np.bitwise_or.reduce([int(part.uses) for part in drawn])))
             step.sampled = self._ready().sample(self._device_state(), step.logits, rows, uses)
+            self._fetch_early(step.sampled[0])
         step.logits = None
+
+    def _fetch_early(self, result: jax.Array) -> None:
+        """On its way to the host as soon as it is there: asked for after the step it takes 0.4 ms on an H200."""
+        if self._split.platform != "cpu":
+            result.copy_to_host_async()
 
     def _device_state(self) -> DeviceState:
         if self._state is None:
