@@ -24,8 +24,12 @@ TOKENS, HEADS, KV_HEADS, PAGE = 5, 4, 2, 16
         (64, 0, False, "float32"),
     ],
 )
-def test_as_plain_layers(size: int, turned: int, normed: bool, dtype: str) -> None:
+@pytest.mark.parametrize("few", [1, 100])
+def test_as_plain_layers(
+    size: int, turned: int, normed: bool, dtype: str, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All of a head turned, a part of it, none; with norms, of which the third row is the layer's, and without."""
+    monkeypatch.setattr(gpu_turn, "FEW_TOKENS", few)
     rng = np.random.default_rng(size + turned)
 
     def normal(*shape: int, dtype: str = dtype) -> jax.Array:
