@@ -13,6 +13,10 @@ from jax import Array
 
 from pallas_kernels import dispatch, ranks
 from pallas_kernels.quant_linear import QuantWeight, Weight
+from pallas_kernels.tpu_stacked import StackedNibbles
+
+NIBBLES, ZEROS = "_w4", "_w4_zeros"
+LAYER = "layer"  # which layer of stacks is meant
 
 
 def weight_of(parts: Mapping[str, Array], name: str) -> Weight:
@@ -20,6 +24,11 @@ def weight_of(parts: Mapping[str, Array], name: str) -> Weight:
     for end, rounded in (("_int8", "int8"), ("_e4m3", "e4m3"), ("_blocks", "blocks"), ("_scale", "")):
         if name + end in parts:
             return QuantWeight(parts[name], parts[name + end], parts.get(f"{name}_act_scale"), rounded)
+    if name + NIBBLES in parts:
+        words, scale, zeros = parts[name], parts[name + NIBBLES], parts.get(name + ZEROS)
+        if LAYER not in parts:  # of this layer alone
+            words, scale, zeros = words[None], scale[None], None if zeros is None else zeros[None]
+        return StackedNibbles(words=words, scale=scale, zeros=zeros, layer=parts.get(LAYER, jnp.int32(0)))
     return parts[name]
 
 

@@ -16,7 +16,7 @@ from jax import Array, lax
 from engine.specs.arch import ArchSpec
 from jax_models.decoder import Decoder, Layer, Params
 from jax_models.layers import embed, rms_norm
-from jax_models.linear import weight_of
+from jax_models.linear import LAYER, NIBBLES, ZEROS, weight_of
 from pallas_kernels.dispatch import Work
 from pallas_kernels.ranks import all_tokens
 
@@ -59,7 +59,7 @@ class ScannedDecoder(Decoder):
                 for layer, (spec, (in_pool, in_stack)) in enumerate(zip(period, given, strict=True), first):
                     group, pool, _ = places[layer]
                     stack = self.stacks[self.stack_places[layer][0]]
-                    parts = {part: lax.dynamic_index_in_dim(array, in_stack, 0, False) for part, array in stack.items()}
+                    parts = layer_parts(stack, in_stack)
                     cos, sin = turns[spec.mixer.rope]
                     x, caches[pool] = Layer(spec, parts)(x, cos, sin, caches[pool], in_pool, works[group])
                 return (x, caches), None
@@ -67,3 +67,14 @@ class ScannedDecoder(Decoder):
             (x, caches), _ = lax.scan(body, (x, caches), indexes)
         norm = self.spec.final_norm
         return all_tokens(rms_norm(x, self.final_norm, norm.eps, norm.offset)), caches
+
+
+def layer_parts(stack: Mapping[str, Array], index: Array) -> dict[str, Array]:
+    """The parts of a layer: its own piece of each array [layers, ...], but weights of 4 bits whole, read by index."""
+    whole = {part.removesuffix(end) for part in stack for end in (NIBBLES, ZEROS) if part.endswith(end)}
+    whole |= {part for part in stack if part.endswith((NIBBLES, ZEROS))}
+    parts = {
+        part: array if part in whole else lax.dynamic_index_in_dim(array, index, 0, False)
+        for part, array in stack.items()
+    }
+    return parts | {LAYER: index} if whole else parts

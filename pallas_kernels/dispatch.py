@@ -25,6 +25,7 @@ from pallas_kernels import (
     ranks,
     tpu_attention,
     tpu_sampling,
+    tpu_stacked,
 )
 from pallas_kernels import paged_attention as plain
 from pallas_kernels.cpu_library import library
@@ -65,6 +66,8 @@ class Work:
 
 def linear(x: Array, weight: quant_linear.Weight) -> Array:
     """x @ weight.T of x's dtype, rounded once. x: [M, K]; weight: [N, K]."""
+    if isinstance(weight, tpu_stacked.StackedNibbles):
+        return nibble_linear(x, weight, x.dtype)
     if isinstance(weight, quant_linear.QuantWeight):
         return linear_f32(x, weight).astype(x.dtype)
 
@@ -81,6 +84,8 @@ def linear_f32(x: Array, weight: quant_linear.Weight, is_part: bool = False) -> 
     """x @ weight.T, f32 [M, N]. x: [M, K]; weight: [N, K]. is_part: x and weight are a rank's part of all inputs."""
     if isinstance(weight, quant_linear.QuantWeight):
         return quant_linear_f32(x, weight, ranks.axis() if is_part else None)
+    if isinstance(weight, tpu_stacked.StackedNibbles):
+        return nibble_linear(x, weight, jnp.dtype(jnp.float32))
 
     def plain_linear(x: Array, weight: Array) -> Array:
         # XLA:CPU is fast in bfloat16 only when it is asked for float32
@@ -92,6 +97,13 @@ def linear_f32(x: Array, weight: quant_linear.Weight, is_part: bool = False) -> 
         wide = partial(cpu_gemm.gemm, dtype=jnp.float32)
         return lax.platform_dependent(x, weight, cpu=wide, default=plain_linear)
     return plain_linear(x, weight)
+
+
+def nibble_linear(x: Array, weight: tpu_stacked.StackedNibbles, dtype: jnp.dtype) -> Array:
+    """x @ weight.T of `dtype`. Only a TPU keeps weights so; a CPU interprets its kernel, in tests."""
+    compiled = partial(tpu_stacked.matmul, dtype=dtype)
+    interpreted = partial(compiled, interpret=pltpu.InterpretParams())
+    return lax.platform_dependent(x, weight, cpu=interpreted, default=compiled)
 
 
 def quant_linear_f32(x: Array, weight: quant_linear.QuantWeight, axis: str | None) -> Array:

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.tpu_stacked import StackedNibbles
+
 LIMITS = {"int8": 127.0, "e4m3": 448.0}
 BLOCK = 128  # inputs that share a scale
 SMALLEST = 1e-12  # a scale of a row of zeros: anything but 0
@@ -39,7 +41,7 @@ class QuantWeight:
         return tuple(self.data.shape)
 
 
-Weight = Array | QuantWeight
+Weight = Array | QuantWeight | StackedNibbles
 
 
 def round_inputs(x: Array, weight: QuantWeight, axis: str | None) -> tuple[Array, Array]:

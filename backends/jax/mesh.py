@@ -85,7 +85,7 @@ def describe(target: Target) -> DeviceInfo:
         supported_dtypes=("float32", "bfloat16"),
         kv_dtypes=("fp8_e4m3",) if device.platform in ("cpu", "tpu") else (),
         quantization=QUANTIZATION,
-        weight_forms=("fp8", "int8") if device.platform == "tpu" else FORMS,
+        weight_forms=("fp8", "int8", "w4") if device.platform == "tpu" else FORMS,
         bucket_style="pow2",
     )
 

@@ -2,8 +2,9 @@
 
 A weight "qkv" that is kept as codes has its scales beside it, and their name says what its inputs are rounded to:
 "qkv_int8", "qkv_e4m3", "qkv_blocks" (e4m3, a scale for 128), or "qkv_scale": not at all; "qkv_act_scale" is the fixed
-scale of the inputs. On a TPU codes stay int8 and e4m3. Elsewhere they are kept in the activations' type, which holds
-them exactly, and blocks and weights of 4 bits are turned back when they are loaded. Called by weights.py.
+scale of the inputs. Of 4 bits "qkv" is packed as the TPU's kernel takes it, "qkv_w4" the scales of groups of 128 and
+"qkv_w4_zeros" their zeros. On a TPU codes stay int8, e4m3 and 4 bits. Elsewhere they are kept in the activations' type,
+which holds them exactly, and blocks and weights of 4 bits are turned back when they are loaded. Called by weights.py.
 Letters: O out · I in · G groups of inputs.
 """
 
@@ -19,15 +20,16 @@ from numpy.typing import NDArray
 
 from engine.errors import ConfigError, check
 from engine.specs.arch import ArchSpec
-from engine.specs.quant import BLOCK, WeightQuant
+from engine.specs.quant import BLOCK, NIBBLES, WeightQuant
 from engine.specs.weights import ParamSpec, RawTensor, from_float32, param_table, to_float32
+from pallas_kernels.tpu_stacked import packed
 
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # nibble that holds column 0, 1, .. 7 of eight
 E4M3_MAX, SMALLEST = 448.0, 1e-12
 ONES = 0x11111111
 ROUNDED = {"int8": "int8", "fp8": "e4m3"}
 CODES = {"int8": np.dtype(np.int8), "fp8": np.dtype(ml_dtypes.float8_e4m3fn)}
-SUFFIXES = ("_int8", "_e4m3", "_blocks", "_scale", "_act_scale")
+SUFFIXES = ("_int8", "_e4m3", "_blocks", "_scale", "_act_scale", "_w4", "_w4_zeros")
 
 FUSED = {
     "qkv": ("q", "k", "v"),
@@ -45,11 +47,14 @@ Numbers = NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How the arrays of a weight are kept. suffix: of its scales' name. fixed: inputs have a scale of their own."""
+    """How the arrays of a weight are kept. suffix: of its scales' name. fixed: inputs have a scale of their own.
+    zeros: groups of 4 bits have one.
+    """
 
     scheme: str
     suffix: str
-    fixed: bool
+    fixed: bool = False
+    zeros: bool = False
 
 
 def form_of(quant: WeightQuant | None, platform: str) -> Form | None:
@@ -57,8 +62,11 @@ def form_of(quant: WeightQuant | None, platform: str) -> Form | None:
     if quant is None:
         return None
     if quant.scheme == "w4" or quant.per == "block":
-        check(platform != "tpu", f"a TPU does not multiply {quant.text}")  # mesh.describe says what it takes
-        return Form("blocks", "_blocks", False) if quant.act == "block" else None
+        # mesh.describe says what it takes
+        check(platform != "tpu" or quant.form == "w4", f"a TPU does not multiply {quant.text}")
+        if platform == "tpu":
+            return Form("w4", "_w4", zeros=not quant.symmetric)
+        return Form("blocks", "_blocks") if quant.act == "block" else None
     suffix = "_scale" if quant.act == "none" else f"_{ROUNDED[quant.scheme]}"
     return Form(quant.scheme, suffix, quant.act == "static")
 
@@ -71,12 +79,33 @@ def kept_params(arch: ArchSpec, platform: str) -> Iterator[tuple[ParamSpec, np.d
         if form is None:
             yield plain, None
             continue
+        if form.scheme == "w4":
+            yield from nibble_params(plain, form)
+            continue
         rows = replace(plain, shape=plain.shape[:1], axes=plain.axes[:1], sources=(), dtype="float32")
         yield plain, CODES[form.scheme] if platform == "tpu" else None
         yield replace(rows, name=plain.name + form.suffix), np.dtype(np.float32)
         if form.fixed:
             name = plain.name + "_act_scale"
             yield replace(rows, name=name, shape=(1,), axes=("",), granule=1), np.dtype(np.float32)
+
+
+def nibble_params(plain: ParamSpec, form: Form) -> Iterator[tuple[ParamSpec, np.dtype]]:
+    """The arrays of a weight of 4 bits on a TPU. Raises ConfigError where it is no whole blocks."""
+    rows, inputs = plain.shape
+    if rows % BLOCK or inputs % BLOCK:
+        raise ConfigError(
+            f"quantization: {plain.name}: [{rows}, {inputs}] in 4 bits is no whole blocks of {BLOCK} x {BLOCK}, which "
+            "a TPU takes; use --backend torch on a GPU"
+        )
+    words = replace(plain, shape=(rows // NIBBLES, inputs), spans=plain.shape, units=(NIBBLES, 1))
+    yield words, np.dtype(np.int32)
+    axes, shape = (*plain.axes, ""), (rows // BLOCK, inputs // BLOCK, BLOCK)
+    spans, units = (rows, inputs, BLOCK), (BLOCK, BLOCK, 1)
+    for suffix in (form.suffix, form.suffix + "_zeros")[: 1 + form.zeros]:
+        name = plain.name + suffix
+        table = replace(plain, name=name, shape=shape, axes=axes, spans=spans, units=units, sources=())
+        yield table, np.dtype(np.float32)
 
 
 def check_alike(arch: ArchSpec, platform: str) -> None:
@@ -122,6 +151,8 @@ class QuantLoad:
             return {}
         del self._fields[param.weight]
         form = form_of(quant, self._platform)
+        if form is not None and form.scheme == "w4":
+            return packed_nibbles(param.weight, form, quant, fields)
         if form is None or form.scheme == "blocks":
             turned = nibbles(quant, fields) if quant.scheme == "w4" else blocks(fields)
             ones = np.ones(len(turned), np.float32)
@@ -170,8 +201,28 @@ def blocks(fields: dict[str, RawTensor]) -> NDArray[np.float32]:
     return codes * scale[: codes.shape[0], : codes.shape[1]]
 
 
+def packed_nibbles(name: str, form: Form, quant: WeightQuant, fields: dict[str, RawTensor]) -> dict[str, Numbers]:
+    """A weight of 4 bits by name, as the TPU's kernel takes it: each group's scale and zero for every 128 inputs."""
+    codes, scale, offsets = nibble_codes(quant, fields)
+    times = codes.shape[1] // BLOCK // scale.shape[1]
+    scale, offsets = scale.repeat(times, axis=1), offsets.repeat(times, axis=1)
+    arrays = packed(codes, scale, offsets if form.zeros else None)
+    return dict(zip((name, name + form.suffix, name + form.suffix + "_zeros"), arrays, strict=False))
+
+
 def nibbles(quant: WeightQuant, fields: dict[str, RawTensor]) -> NDArray[np.float32]:
-    """The numbers [O, I] that weights of 4 bits stand for. Packings: AutoAWQ's, AutoGPTQ's, compressed-tensors'."""
+    """The numbers [O, I] that weights of 4 bits stand for."""
+    codes, scale, offsets = nibble_codes(quant, fields)
+    group = quant.group or codes.shape[1]
+    of_input = fields["order"].data if "order" in fields else np.arange(codes.shape[1]) // group
+    shifted = codes.astype(np.float32) - offsets.astype(np.float32)[:, of_input]
+    return np.asarray(shifted * scale[:, of_input], np.float32)
+
+
+def nibble_codes(
+    quant: WeightQuant, fields: dict[str, RawTensor]
+) -> tuple[NDArray[np.uint8], NDArray[np.float32], Numbers]:
+    """(codes [O, I], scales [O, G], zeros [O, G]). Packings: AutoAWQ's, AutoGPTQ's, compressed-tensors'."""
     data, scale = fields["data"].data, to_float32(fields["scale"])
     zeros = fields["zeros"].data if "zeros" in fields else None
     if zeros is not None:
@@ -188,10 +239,7 @@ def nibbles(quant: WeightQuant, fields: dict[str, RawTensor]) -> NDArray[np.floa
         offsets = unpack(zeros.T).T[: scale.shape[0]]
     elif zeros is not None:
         offsets = unpack(zeros, AWQ_PLACES if quant.layout == "awq" else tuple(range(8))).T
-    group = quant.group or codes.shape[1]
-    of_input = fields["order"].data if "order" in fields else np.arange(codes.shape[1]) // group
-    shifted = codes.astype(np.float32) - offsets.astype(np.float32)[:, of_input]
-    return np.asarray(shifted * scale[:, of_input], np.float32)
+    return codes, scale, offsets
 
 
 def unpack(packed: Numbers, places: tuple[int, ...] = tuple(range(8))) -> NDArray[np.uint8]:

@@ -49,9 +49,10 @@ def param_spec(param: ParamSpec) -> PartitionSpec:
 
 def rank_rows(param: ParamSpec, ranks: int) -> list[slice]:
     """The rows of each rank; one slice where rows are not split. The last ranks of a vocabulary may have fewer."""
-    if ranks == 1 or param.axes[0] not in SPLIT_AXES:
+    if ranks == 1:
         return [slice(0, param.shape[0])]
-    return [shard_slices(param, ranks, rank)[0] for rank in range(ranks)]
+    rows = [shard_slices(param, ranks, rank)[0] for rank in range(ranks)]  # which refuses cuts of any axis
+    return rows if param.axes[0] in SPLIT_AXES else rows[:1]
 
 
 def read_place(param: ParamSpec, split: Split) -> tuple[tuple[int, ...], Sharding]:

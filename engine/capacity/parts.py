@@ -17,7 +17,7 @@ from engine.specs.arch import ArchSpec, LayerSpec
 from engine.specs.cache import cache_groups
 from engine.specs.chips import Chip
 from engine.specs.parallel import shard_shape
-from engine.specs.quant import stored_sizes
+from engine.specs.quant import BLOCK, stored_sizes
 from engine.specs.weights import DTYPE_BYTES, param_table
 
 MIB = 1 << 20
@@ -60,7 +60,7 @@ def device_info(chip: Chip) -> DeviceInfo:
             default_dtype="bfloat16",
             kv_dtypes=("fp8_e4m3",),
             quantization=QUANTIZATION,
-            weight_forms=("fp8", "int8"),
+            weight_forms=("fp8", "int8", "w4"),
         )
     return DeviceInfo(
         kind="gpu",
@@ -101,6 +101,10 @@ def weight_tensors(arch: ArchSpec, ranks: int, dtype: str, kind: str) -> dict[st
         if quant is None:
             norm = kind == "gpu" and param.name.endswith("norm")  # kept in f32
             sizes[param.name] = [prod(shape) * (4 if norm else item)]
+            continue
+        if kind == "tpu" and quant.form == "w4":  # see backends/jax/quant_weights.py: nibble_params
+            tables = [4 * prod(shape) // BLOCK] * (1 if quant.symmetric else 2)
+            sizes[param.name] = [prod(shape) // 2, *tables]
             continue
         if quant.act_order:  # any input may be of any group, so a rank has them all
             quant = replace(quant, group=(quant.group or param.shape[1]) * shape[1] // param.shape[1])

@@ -18,7 +18,7 @@ Scheme = Literal["fp8", "int8", "w4"]
 Layout = Literal["plain", "awq", "gptq", "packed"]
 Act = Literal["none", "token", "block", "static"]
 
-FORMS = ("fp8", "fp8_block", "int8", "w4")
+FORMS = ("fp8", "fp8_block", "int8", "w4", "w4_fine")
 BLOCK = 128  # rows and columns of a block with one scale
 NIBBLES, BYTES = 8, 4  # weights of 4 and of 8 bits in an int32
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int8": 1, "float8_e4m3": 1}
@@ -48,7 +48,9 @@ class WeightQuant:
 
     @property
     def form(self) -> str:
-        """What a backend's products must know: one of FORMS."""
+        """What a backend's products must know: one of FORMS. w4_fine: groups that are no whole blocks, or act order."""
+        if self.scheme == "w4":
+            return "w4_fine" if self.group % BLOCK or self.act_order else "w4"
         return "fp8_block" if self.per == "block" else self.scheme
 
     @property

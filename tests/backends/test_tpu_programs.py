@@ -67,6 +67,25 @@ def test_one_chip() -> None:
             assert memory.alias_size_in_bytes >= cache_bytes(256, 1), large.name
 
 
+@pytest.mark.parametrize(
+    ("slice_name", "quant"),
+    [
+        ("v5e", {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}),
+        ("v6e", {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}),
+    ],
+)
+def test_weights_in_four_bits_are_read_where_they_lie(slice_name: str, quant: dict[str, Any]) -> None:
+    """No scratch as large as a layer's largest weight, packed, which is a quarter of what it takes widened."""
+    programs, _, params, _ = made(slice_name, 1, 16, quantization_config=quant, intermediate_size=16384)
+    (stack,) = params["stacks"]
+    assert stack["gate_up"].dtype == "int32" and stack["gate_up"].shape == (6, 2 * 16384 // 8, 512)
+    for program in programs.programs():
+        if program.name[0] == "forward":
+            assert len(jax.tree_util.tree_leaves(program.args)) < 50
+            scratch = programs.build(program).memory_analysis().temp_size_in_bytes
+            assert scratch < stack["gate_up"].size * 4 // 6, program.name
+
+
 @pytest.mark.parametrize(("slice_name", "quant"), [("v5e", INT8), ("v6e", {"quant_method": "fp8"})])
 def test_weights_in_few_bits_are_read_where_they_lie(slice_name: str, quant: dict[str, Any]) -> None:
     """No scratch as large as what a layer's largest weight takes, as it lies or widened."""

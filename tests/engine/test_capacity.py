@@ -132,9 +132,13 @@ def test_llama_8b_does_not_fit_one_v5e() -> None:
 
 
 def test_forms_that_a_tpu_does_not_multiply_are_refused() -> None:
-    awq = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm", "zero_point": True}
     packed = planned(LLAMA_8B | {"quantization_config": awq}, "v5e")
-    assert packed.fits and "weights of 4 bits per group of 128 are not supported by this backend" in packed.refused[0]
+    assert packed.fits and "weights of 4 bits per group of 64 are not supported by this backend" in packed.refused[0]
+    blocks = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    assert "fp8 per block" in planned(LLAMA_8B | {"quantization_config": blocks}, "v5e").refused[0]
+    whole = planned(LLAMA_8B | {"quantization_config": awq | {"group_size": 128}}, "v5e")
+    assert whole.fits and not whole.refused
 
 
 def test_llama_70b_on_eight_v6e() -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 
-from backends.jax import stacks
+from backends.jax import quant_weights, stacks
 from backends.jax.runner import Runner
 from backends.jax.split import Split
 from backends.jax.weights import load_params
@@ -30,7 +30,7 @@ from pallas_kernels import dispatch
 from tests.backends.driver import Driver
 from tests.backends.split_runs import quantised
 from tests.checkpoints import write_checkpoint
-from tests.models.numerics import Case, check_report, engine_config, run_folder
+from tests.models.numerics import BOUND, Case, Sizes, check_report, engine_config, run_folder
 from tests.models.test_quantised import (
     AWQ,
     CALM,
@@ -40,6 +40,7 @@ from tests.models.test_quantised import (
     FP8_TENSOR,
     GPTQ,
     INT4,
+    INT4_ROWS,
     INT4_ZEROS,
     INT8,
     MEAN,
@@ -184,3 +185,42 @@ def test_a_scan_over_stacked_codes(scheme: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(dispatch, "choose_kernel", lambda platform, head_size: "plain")
     monkeypatch.setattr(stacks, "stacks_layers", lambda platform: True)
     assert outputs() == wanted
+
+
+WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize(
+    "name,write",
+    [
+        ("awq", lambda folder: write_packed(folder, {**AWQ, "group_size": 128}, awq_tensors, **WIDE)),
+        (
+            "gptq",
+            lambda folder: write_packed(
+                folder, {**GPTQ, "group_size": 128}, partial(gptq_tensors, act_order=False), **WIDE
+            ),
+        ),
+        ("rows", lambda folder: write_compressed(folder, INT4_ROWS, **WIDE)),
+        ("head", lambda folder: write_compressed(folder, INT4_ROWS, ignore=(), vocab_size=384, **WIDE)),
+        ("zeros", lambda folder: write_compressed(folder, {**INT4_ZEROS, "group_size": 128}, **WIDE)),
+    ],
+)
+def test_nibbles_as_a_tpu_keeps_them(name: str, write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scan over stacks of words, multiplied by the TPU's kernel in Pallas's interpreter, against plain weights."""
+    form_of = quant_weights.form_of
+    monkeypatch.setattr(quant_weights, "form_of", lambda quant, platform: form_of(quant, "tpu"))
+    monkeypatch.setattr(dispatch, "choose_kernel", lambda platform, head_size: "plain")
+    monkeypatch.setattr(stacks, "stacks_layers", lambda platform: True)
+    folder = write(tmp_path / name)
+    arch = parse_config(read_config(folder))
+    (stack,) = load_params(arch, stream_params(folder, arch), "float32", Split(jax.devices("cpu")[:1]))["stacks"]
+    assert stack["qkv"].shape == (2, 64, 256) and stack["qkv"].dtype == jnp.int32
+    few = Sizes(prompts=4, outputs=8, again=1)
+    report = run_folder("jax", LLAMA, folder, few, reference=plain_twin(folder))
+    assert not report.wrong and report.difference <= BOUND
+
+
+def test_nibbles_that_a_tpu_does_not_take(tmp_path: Path) -> None:
+    folder = write_compressed(tmp_path / "narrow", INT4_ROWS)
+    with pytest.raises(ConfigError, match=r"layers.0.k: \[64, 128\] in 4 bits is no whole blocks.*--backend torch"):
+        our_params(folder, "tpu")
