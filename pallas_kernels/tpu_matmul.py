@@ -192,7 +192,8 @@ def kernel(x: Any, w: Any, *rest: Any, kind: Any, chunk: Any, steps: Any) -> Non
     if turns == 1:
         column_chunk(0, 0)
     else:
-        lax.fori_loop(0, turns, column_chunk, 0)
+        # two chunks side by side: one is unpacked while the other is multiplied
+        lax.fori_loop(0, turns, column_chunk, 0, unroll=kind == "weights" and turns == 2)
 
 
 def is_mixed(x: Any, weight: Any) -> bool:
