@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,22 +12,16 @@ import numpy as np
 import pytest
 
 from backends.jax.runner import Runner
-from engine.runner import ModelRunner, Placement, RunnerConfig
-from engine.specs.cache import INT8_PAGES, CacheLayout
+from engine.config import CacheConfig, EngineConfig, ModelConfig, ScheduleConfig
+from engine.resolve import plan_cache, resolve
+from engine.runner import ModelRunner, Placement
+from engine.specs.cache import INT8_PAGES, cache_groups
 from pallas_kernels import dispatch, paged_attention
 from pallas_kernels.int8_pages import NAME, Int8Pages
 from tests.backends.conformance import Conformance
-from tests.backends.driver import Driver, llama
-
-
-class Int8Runner(Runner):
-    """A runner that keeps pages in int8, whatever it was asked for."""
-
-    def configure(self, config: RunnerConfig, place: Placement) -> None:
-        super().configure(replace(config, kv_dtype=INT8_PAGES), place)
-
-    def allocate_cache(self, layout: CacheLayout) -> None:
-        super().allocate_cache(replace(layout, kv_dtype=INT8_PAGES))
+from tests.backends.driver import Driver, layout, llama
+from tests.backends.int8_runner import Int8Runner
+from tests.backends.test_aot import SMALL, built, runner_config
 
 
 class TestInt8Pages(Conformance):
@@ -74,6 +69,45 @@ def test_as_a_float32_cache_rounded_at_the_write(monkeypatch: pytest.MonkeyPatch
     assert tokens == wanted
     np.testing.assert_allclose(logprobs, wanted_logprobs, atol=1e-4)
     assert 1e-4 < np.abs(logprobs - exact).max() < 0.05  # near to pages of float32, and not the same
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "fp8_e4m3", INT8_PAGES])
+def test_pages_take_what_was_planned(kv_dtype: str) -> None:
+    """Of groups with and without a window, in pools of their own."""
+    arch = llama(windows=(None, 20, None))
+    config = EngineConfig(
+        cache=CacheConfig(kv_cache_dtype=kv_dtype),
+        model=ModelConfig(load_format="dummy", max_model_len=256),
+        schedule=ScheduleConfig(max_num_seqs=4, max_num_batched_tokens=16),
+    )
+    runner = Runner()
+    resolved = resolve(config, arch, runner.describe("cpu"))
+    runner.configure(replace(resolved.runner, device="cpu"), Placement())
+    runner.load(None)
+    planned, _, _ = plan_cache(config, resolved, 1 << 20)
+    runner.allocate_cache(planned)
+    assert runner._state is not None and len(planned.pools) == 2
+    for pool, cache in zip(planned.pools, runner._state.caches, strict=True):
+        assert sum(array.nbytes for array in jax.tree.leaves(cache)) == pool.num_pages * pool.page_bytes
+
+
+def test_loaded_programs(tmp_path: Path) -> None:
+    """Codes and scales are written and copied by programs of a bundle, built where a runner has run them before."""
+    config = runner_config(kv_dtype=INT8_PAGES)
+    pages = replace(layout(cache_groups(config.arch), num_pages=64), kv_dtype=INT8_PAGES)
+    outputs = []
+    for loads in (False, True):
+        told = {"executables": str(built(config, pages, tmp_path))} if loads else {}
+        d = Driver(Runner(), seed=2, kv_dtype=INT8_PAGES, **SMALL, **told)
+        source = d.new(d.prompt(25), num_logprobs=3)
+        d.generate([source], 4, chunk=16)
+        copy = d.new([*source.tokens[:20], 3])
+        d.step([(copy, 1)], copies=d.share(copy, source, 20))
+        d.generate([copy], 4)
+        assert (d.runner.num_compiles() == 0) == loads
+        outputs.append((source.outputs, source.logprobs, copy.outputs))
+        d.runner.shutdown()
+    assert outputs[0] == outputs[1]
 
 
 def test_what_is_kept() -> None:
