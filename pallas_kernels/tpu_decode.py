@@ -26,7 +26,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu_narrow import Cache, check_scales, joined, parts, repeated_bytes
+from pallas_kernels.int8_pages import Cache, joined, parts
+from pallas_kernels.tpu_narrow import check_scales, repeated_bytes
 
 LANES = 128  # of a vector register: the tokens of a page
 TILE = 16  # tokens that are written together: packed rows of bfloat16
