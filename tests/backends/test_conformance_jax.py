@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from backends.jax import mesh, programs, stacks
+from backends.jax import programs, stacks
 from backends.jax.runner import Runner
 from engine.runner import ModelRunner
 from pallas_kernels import dispatch
@@ -27,7 +27,6 @@ class TestGpuStep(Conformance):
             patch.setattr(dispatch, "choose_kernel", lambda platform, head_size: "gpu_interpreted")
             patch.setattr(programs, "HELD_ON", ("cpu",))
             patch.setattr(stacks, "stacks_norms", lambda platform: True)
-            patch.setattr(mesh, "dispatches_apart", lambda platform: True)
             yield
 
     @classmethod
