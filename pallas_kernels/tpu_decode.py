@@ -215,9 +215,11 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         def _():
             both_last = (((1,), (1,)), ((), ()))
             keys, values = (held[slot, part].astype(queries.dtype) if scaled else held[slot, part] for part in (0, 1))
-            scores = lax.dot_general(queries[...], keys, both_last, preferred_element_type=jnp.float32) * scale
             if scaled:  # two products: of one, the values' half would be held in registers until shares are there
-                scores = scores * lax.dot(spread[:heads], factors[slot], preferred_element_type=jnp.float32)
+                of_keys = lax.dot(spread[:heads], factors[slot], preferred_element_type=jnp.float32)
+            scores = lax.dot_general(queries[...], keys, both_last, preferred_element_type=jnp.float32) * scale
+            if scaled:
+                scores = scores * of_keys
             if logit_cap is not None:
                 scores = logit_cap * jnp.tanh(scores / logit_cap)
             seen = lane <= new
