@@ -20,6 +20,7 @@ from pallas_kernels import (
     cpu_layer,
     cpu_linear,
     gpu_attention,
+    gpu_turn,
     int8_pages,
     quant_linear,
     ranks,
@@ -182,12 +183,78 @@ def keep_likely(logits: Array, min_p: Array, top_k: Array, top_p: Array, kernel:
 
 def make_lists(work: Work, tokens: int, window: int | None) -> Work:
     """`work` with what its kernel wants made once a step. tokens: T; window: of the group's layers."""
+    if work.kernel.startswith("gpu"):
+        return by_token(work, tokens) if tokens <= gpu_attention.FEW_TOKENS else work
     if not work.kernel.startswith("tpu"):
         return work
     lists = tpu_attention.make_lists(
         work.page_table, work.query_starts, work.num_new, work.num_computed, tokens, window
     )
     return replace(work, lists=lists)
+
+
+def by_token(work: Work, tokens: int) -> Work:
+    """`work` with each of the T tokens as a row of its own: nothing is left to do in tiles."""
+    each = jnp.arange(tokens)
+    inside = each[:, None] - work.query_starts[None, :]
+    mine = (inside >= 0) & (inside < work.num_new[None, :])
+    live, row = jnp.any(mine, axis=1), jnp.argmax(mine, axis=1)
+    position = work.num_computed[row] + each - work.query_starts[row]
+    none = jnp.zeros((0,), jnp.int32)
+    return replace(
+        work,
+        page_table=work.page_table[row],
+        query_starts=each.astype(jnp.int32),
+        num_new=live.astype(jnp.int32),
+        num_computed=jnp.where(live, position, 0).astype(jnp.int32),
+        tile_rows=none,
+        tile_starts=none,
+    )
+
+
+def turns_heads(kernel: str) -> bool:
+    """Whether turned_attention takes what the product of q, k and v gives. kernel: as choose_kernel said."""
+    return kernel.startswith("gpu")
+
+
+def turned_attention(
+    qkv: Array,
+    norms: tuple[Array, ...],
+    turns: tuple[Array, Array] | None,
+    cache: Array,
+    layer_index: int,
+    work: Work,
+    *,
+    num_heads: int,
+    norm_row: int,
+    eps: float,
+    offset: float,
+    scale: float,
+    window: int | None,
+    logit_cap: float | None,
+) -> tuple[Array, Array]:
+    """Norms of heads and rope, then as paged_attention, where turns_heads said so. -> ([T, N, H], cache).
+
+    qkv: [T, N + 2 * K, H]; norms: none, or weights of q's and of k's, of which the row norm_row,
+    [layers, H] each; turns: cos and sin, f32 [T, R / 2].
+    """
+    interpret = work.kernel == "gpu_interpreted"
+    layer = jnp.full((1,), layer_index, jnp.int32)
+    places = (jnp.array([layer_index, norm_row], jnp.int32), work.write_page, work.write_offset)
+    q, cache = gpu_turn.turn_and_write(
+        qkv, norms, turns, cache, places, num_heads=num_heads, eps=eps, offset=offset, interpret=interpret
+    )
+    out = gpu_attention.attend(
+        q,
+        cache,
+        (layer, work.page_table, work.query_starts, work.num_new, work.num_computed),
+        (work.tile_rows, work.tile_starts, work.num_tiles[None]),
+        scale=scale,
+        window=window,
+        logit_cap=logit_cap,
+        interpret=interpret,
+    )
+    return out, cache
 
 
 def has_whole_layers(kernel: str, tokens: int, head_size: int, dtype: str) -> bool:

@@ -42,6 +42,7 @@ UNPAIRED = {
     "torch_models/last_layer.py": "what long steps save; jax has no such step yet",
     "torch_models/persistent.py": "a whole decode step of a small model in one GPU launch",
     "jax_models/scanned.py": "a TPU's scan over stacked weights",
+    "jax_models/turned.py": "a GPU's one launch for norms of heads, rope and the write",
     "jax_models/fused.py": "the same for a few tokens on a CPU: a layer is one C++ call",
 }
 

@@ -7,7 +7,7 @@ lock, so a few threads compile at once.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,13 @@ import jax
 
 from backends.jax.split import Split
 from engine.errors import check, fail
+
+OPTIONS: Mapping[str, dict[str, int | str]] = {
+    # XLA takes what a kernel writes into the cache for another cache: it believes that nothing fits, and computes in
+    # every layer again what it could keep
+    "gpu": {"xla_gpu_memory_limit_slop_factor": 10_000},
+}
+"""What the compiler of a platform is told."""
 
 Name = tuple[str, *tuple[int, ...]]
 
@@ -81,7 +88,7 @@ class Programs:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or self._whole),
             program.args,
         )
-        return jitted.lower(*args).compile()
+        return jitted.lower(*args).compile(OPTIONS.get(self._platform))
 
     def __getitem__(self, name: Name) -> Callable[..., Any]:
         program = self._compiled.get(name)

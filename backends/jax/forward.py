@@ -6,7 +6,7 @@ Letters: T tokens · S rows · D width · V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -16,33 +16,15 @@ from jax.sharding import Mesh, PartitionSpec
 
 from backends.jax import sample
 from backends.jax.batch import Shape, unpack
+from backends.jax.decoders import Traits, make_decoder
 from backends.jax.split import AXIS
 from backends.jax.tables import Rows, advance, set_pages
-from engine.specs.arch import ArchSpec
 from engine.specs.cache import CacheLayout
 from jax_models.decoder import Decoder
-from jax_models.fused import FusedDecoder
-from jax_models.scanned import ScannedDecoder
-from pallas_kernels.dispatch import Cache, Work, has_whole_layers, make_lists, split_over
+from pallas_kernels.dispatch import Cache, Work, make_lists, split_over
 
 HEAD_ROWS = 8
 """Rows of logits computed together on a CPU; padding costs no more than a block."""
-
-
-@dataclass(frozen=True, slots=True)
-class Traits:
-    """What a forward program is built for, besides its shape."""
-
-    arch: ArchSpec
-    part: ArchSpec  # of it, what one device computes
-    layout: CacheLayout
-    max_model_len: int
-    kernels: tuple[str, ...]  # one a group
-    null_slot: int
-    block_rows: int  # rows of logits computed at once, where any is wanted; 0: all, always
-    ranks: int = 1  # devices that share every layer
-    split_tokens: int = 0  # steps of so many tokens and more are split over the ranks between products, 0 = none
-    stacks: dict[int, tuple[int, int]] = field(default_factory=dict)  # where a layer's stacked weights lie
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +80,12 @@ def splits_tokens(traits: Traits, shape: Shape) -> bool:
 
 
 def forward(
-    params: dict[str, Any], caches: list[Cache], rows: Rows, packed: Array, *, traits: Traits, shape: Shape
+    params: dict[str, Any], caches: list[Cache], rows: Rows, packed: Array, *held: Array, traits: Traits, shape: Shape
 ) -> tuple[list[Cache], Rows, Array, Array, Array]:
     """-> (caches, rows, logits f32 [S, V], hidden [T, D], i32 [3, S]).
 
     The last holds: sampled ids and a flag of non-finite logits, both for the sampling rows one after another, and a
-    flag of bad token ids, for all rows.
+    flag of bad token ids, for all rows. held: logits and hidden states of a step before, whose memory this one's take.
     """
     step = unpack(packed, shape)
     decoder = make_decoder(params, traits, shape.tokens)
@@ -137,30 +119,13 @@ def hide_padding(logits: Array, traits: Traits) -> Array:
 
 def greedy(logits: Array, ranks: int) -> tuple[Array, Array]:
     """The most likely ids i32 [S] over all ranks' logits [S, V / ranks], and bool [S]: a logit is not finite."""
-    tokens, broken = sample.argmax(logits), ~jnp.all(logits < jnp.inf, axis=1)  # NaN is not less either
+    tokens, broken = sample.likeliest(logits)
     if ranks == 1:
         return tokens, broken
     best = jnp.max(jnp.where(broken[:, None], -jnp.inf, logits), axis=1)
     own = tokens + lax.axis_index(AXIS) * logits.shape[1]
     first = lax.pmin(jnp.where(best == lax.pmax(best, AXIS), own, ranks * logits.shape[1]), AXIS)
     return first, lax.pmax(broken.astype(jnp.int32), AXIS) > 0
-
-
-def make_decoder(params: dict[str, Any], traits: Traits, tokens: int) -> Decoder:
-    """The decoder: a scan where weights are stacked, in whole-layer calls where they are made for so few tokens."""
-    arch = traits.part
-    if "stacks" in params:
-        return ScannedDecoder(arch, params, traits.max_model_len, traits.stacks)
-    dtype = params["embed"].dtype.name
-    whole = (
-        traits.ranks == 1
-        and arch.quant is None
-        and all(
-            has_whole_layers(kernel, tokens, group.spec.head_size, dtype)
-            for kernel, group in zip(traits.kernels, traits.layout.groups, strict=True)
-        )
-    )
-    return (FusedDecoder if whole else Decoder)(arch, params, traits.max_model_len)
 
 
 def check_ids(step: dict[str, Array], rows: Rows, valid: Array, vocab_size: int) -> tuple[Array, Array]:

@@ -96,6 +96,16 @@ def stacks_layers(platform: str) -> bool:
     return platform == "tpu"
 
 
+def dispatches_apart(platform: str) -> bool:
+    """Whether a thread of its own calls the programs: the launch of a GPU's graph takes the host 0.4 ms and more."""
+    return platform == "gpu"
+
+
+def stacks_norms(platform: str) -> bool:
+    """Whether layers' norms lie in stacks: a host takes some 2 us for each array that it calls a GPU's program with."""
+    return platform == "gpu"
+
+
 def memory(device: jax.Device) -> tuple[int, int]:
     """(total, free) bytes of a device; of the host for a CPU."""
     if device.platform == "cpu":

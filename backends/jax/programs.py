@@ -6,6 +6,7 @@ step can have), one sampling program a row count, and a handful of updates. Lett
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,8 @@ from backends.jax import sample, tables, turns, updates
 from backends.jax.batch import Packer, Shape, packed_size
 from backends.jax.cache import COPIES, cache_shapes, copy_pages, shardings
 from backends.jax.compile import Name, Program, Programs
-from backends.jax.forward import HEAD_ROWS, Spread, Traits, forward, make_decoder, split_forward
+from backends.jax.decoders import Traits, make_decoder
+from backends.jax.forward import HEAD_ROWS, Spread, forward, split_forward
 from backends.jax.replicas import spread, together
 from backends.jax.split import AXIS, DATA, Split, specs_of
 from backends.jax.stacks import stack_places
@@ -45,6 +47,11 @@ SPLIT_TOKENS = 256
 """Fewer tokens are summed whole: a decode step's collectives are short, and two take longer to begin than one."""
 
 
+HELD_ON = ("gpu",)
+"""Where a step's results lie in those of the step before. XLA's graphs hold addresses: were results elsewhere each
+time, scratch would be too, and the host would write each launch anew (2 ms of a step of 1 ms on an H200)."""
+
+
 @dataclass(slots=True)
 class DeviceState:
     """What programs hand on: each call takes these arrays and puts new ones in their place."""
@@ -52,6 +59,8 @@ class DeviceState:
     caches: list[Cache]
     rows: tables.Rows
     tables: tables.Tables
+    logits: dict[int, jax.Array]  # by S, of the last forward program of so many rows; none but where HELD_ON says
+    hidden: dict[int, jax.Array]  # by T
 
 
 def split_tokens(platform: str) -> int:
@@ -103,6 +112,7 @@ class ProgramSet:
         self._packers = {
             tokens: Packer(self.shape(tokens), config.max_slots) for tokens in sorted(set(config.token_buckets))
         }
+        self._rows = {packer.shape.tokens: packer.shape.rows for packer in self._packers.values()}
         self._no_mask: dict[int, jax.Array] = {}
 
     @property
@@ -159,13 +169,21 @@ class ProgramSet:
 
     def _fresh_program(self) -> Program:
         caches, whole = cache_shapes(self.layout, self._split), self._split.sharding()
-        shapes = (caches, *self._table_shapes())
+        shapes = (caches, *self._table_shapes(), *self._held())
         return Program(
             ("fresh",),
             lambda: jax.tree_util.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
             (),
-            outs=(shardings(caches), whole, whole),
+            outs=(shardings(caches), whole, whole, whole, whole),
         )
+
+    def _held(self) -> tuple[dict[int, jax.ShapeDtypeStruct], dict[int, jax.ShapeDtypeStruct]]:
+        """Results that forward programs take over from the one before: logits by S, hidden states by T."""
+        if self._split.platform not in HELD_ON or len(self._split.devices) > 1:
+            return {}, {}
+        shapes, width = [packer.shape for packer in self._packers.values()], self._config.arch.hidden_size
+        hidden = {shape.tokens: self._split.shape((shape.tokens, width), self._config.dtype) for shape in shapes}
+        return {shape.rows: self.logits(shape.rows) for shape in shapes}, hidden
 
     # compiling
 
@@ -195,13 +213,17 @@ class ProgramSet:
         whole, held = self._split.sharding(), shardings(caches)
         hidden, vocab, dtype = self._config.arch.hidden_size, self._config.arch.vocab_size, self._config.dtype
         chunk = score_rows(vocab)
+        held_logits, held_hidden = self._held()
         programs: dict[Name, Program] = {}
         for packer in self._packers.values():
             shape = packer.shape
             packed = jax.ShapeDtypeStruct((packed_size(shape),), np.int32)
             name: Name = ("forward", shape.tokens)
             args, outs = (self._params, caches, rows, packed), (held, whole, self.logits().sharding, whole, whole)
-            programs[name] = Program(name, self._forward(shape, caches), args, donate=(1, 2), outs=outs)
+            if held_logits:
+                args = (*args, held_logits[shape.rows], held_hidden[shape.tokens])
+            donate = (1, 2, *range(4, len(args)))
+            programs[name] = Program(name, self._forward(shape, caches), args, donate=donate, outs=outs)
             states = jax.ShapeDtypeStruct((shape.tokens, hidden), dtype)
             index = jax.ShapeDtypeStruct((chunk,), np.int32)
             name = ("take", shape.tokens)
@@ -343,8 +365,11 @@ class ProgramSet:
 
     def forward(self, state: DeviceState, tokens: int, packed: I32) -> tuple[jax.Array, jax.Array, jax.Array]:
         """-> logits f32 [S, V], hidden [T, D], flags i32 [3, S]."""
-        program = self._compiled["forward", tokens]
-        state.caches, state.rows, logits, hidden, flags = program(self._params, state.caches, state.rows, packed)
+        program, rows = self._compiled["forward", tokens], self._rows[tokens]
+        held = (state.logits[rows], state.hidden[tokens]) if state.logits else ()
+        state.caches, state.rows, logits, hidden, flags = program(self._params, state.caches, state.rows, packed, *held)
+        if held:
+            state.logits[rows], state.hidden[tokens] = logits, hidden
         return logits, hidden, flags
 
     def turns(
@@ -387,6 +412,11 @@ class ProgramSet:
             clipped = np.clip(together(targets), 0, self._config.arch.vocab_size - 1)
             pieces.append(score(self._params, take(hidden, together(index)), clipped))
         return pieces
+
+    def held_bytes(self) -> int:
+        """Of the results that forward programs hand on."""
+        shapes = jax.tree_util.tree_leaves(self._held())
+        return sum(math.prod(shape.shape) * np.dtype(shape.dtype).itemsize for shape in shapes)
 
     def temp_bytes(self, name: Name) -> int:
         return self._compiled.temp_bytes(name)

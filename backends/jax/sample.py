@@ -70,6 +70,30 @@ def argmax(x: Array) -> Array:
     return jnp.where(first < x.shape[1], first, 0)
 
 
+def likeliest(x: Array) -> tuple[Array, Array]:
+    """argmax(x), and bool [B]: not all of the row is finite or -inf. x: f32 [B, V]."""
+
+    def plain(x: Array) -> tuple[Array, Array]:
+        return argmax(x), ~jnp.all(x < jnp.inf, axis=1)  # NaN is not less either
+
+    return lax.platform_dependent(x, cuda=likeliest_in_one_pass, default=plain)
+
+
+def likeliest_in_one_pass(x: Array) -> tuple[Array, Array]:
+    """As likeliest, as one reduction: XLA reads x three times on a GPU otherwise."""
+    ids = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    faults = jnp.where(x < jnp.inf, 0, jnp.where(jnp.isnan(x), 2, 1))
+
+    def better(one: tuple[Array, ...], other: tuple[Array, ...]) -> tuple[Array, ...]:
+        (top, at, fault), (value, place, worse) = one, other
+        wins = (value > top) | ((value == top) & (place < at))
+        return jnp.where(wins, value, top), jnp.where(wins, place, at), jnp.maximum(fault, worse)
+
+    least = (jnp.float32(-jnp.inf), jnp.int32(x.shape[1]), jnp.int32(0))
+    _, first, fault = lax.reduce((x, ids, faults), least, better, (1,))
+    return jnp.where((fault == 2) | (first == x.shape[1]), 0, first), fault > 0
+
+
 def allow(x: Array, mask: Array) -> Array:
     """Drop ids whose bit is not set. x: f32 [B, V]; mask: u32 [B, W]."""
     bits = (mask[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & jnp.uint32(1)

@@ -1,11 +1,12 @@
 """Where loaded parameters are put: an array each, or like layers in one array, filled where it lies.
 
-A TPU's step is a scan over stacked weights (jax_models/scanned.py); nothing is ever held twice, since a stack is
-allocated whole and each layer is written into it by a program that takes its memory over.
+A TPU's step is a scan over stacked weights (jax_models/scanned.py), a GPU's takes norms from stacks; nothing is ever
+held twice, since a stack is allocated whole and each layer is written into it by a program that takes its memory over.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from backends.jax.mesh import stacks_layers
+from backends.jax.mesh import stacks_layers, stacks_norms
 from backends.jax.split import Split
 from engine.errors import check
 from engine.specs.arch import ArchSpec
@@ -28,7 +29,7 @@ class Store:
         self._split = split
         self._flat: dict[str, Any] = {}
         self._fill: dict[str, Any] = {}
-        self._stacks = stack_places(arch) if stacks_layers(split.platform) else {}
+        self._stacks = stack_places(arch)
         self._names: set[str] = set()
 
     def put(self, name: str, numbers: Any, spec: PartitionSpec) -> None:
@@ -36,7 +37,7 @@ class Store:
         self._names.add(name)
         layer, part = split_name(name)
         placed = jax.device_put(numbers, self._split.sharding(spec))
-        if layer not in self._stacks:
+        if not is_stacked(name, self._split.platform):
             self._flat[name] = placed
             return
         stack, index = self._stacks[layer]
@@ -56,6 +57,13 @@ class Store:
 
 def fill(stack: jax.Array, numbers: jax.Array, index: jax.Array) -> jax.Array:
     return lax.dynamic_update_index_in_dim(stack, numbers, index, 0)
+
+
+def is_stacked(name: str, platform: str) -> bool:
+    """Whether the array `name` is kept in a stack of layers."""
+    if not name.startswith("layers."):
+        return False
+    return stacks_layers(platform) or (stacks_norms(platform) and name.endswith("_norm"))
 
 
 def split_name(name: str) -> tuple[int, str]:
@@ -100,14 +108,28 @@ def tree(arch: ArchSpec, flat: dict[str, Any]) -> dict[str, Any]:
     return params
 
 
+def whole_layers(
+    params: dict[str, Any], places: dict[int, tuple[int, int]], rows_of: Collection[str]
+) -> dict[str, Any]:
+    """`params` with what layers have in stacks among their parts: arrays, but (stack, index) of the parts `rows_of`."""
+    if "stacks" not in params:
+        return params
+    layers = []
+    for layer, parts in enumerate(params["layers"]):
+        stack, index = places[layer]
+        own = {
+            part: (array, index) if part in rows_of else array[index] for part, array in params["stacks"][stack].items()
+        }
+        layers.append({**parts, **own})
+    return {**params, "layers": layers}
+
+
 def abstract(arch: ArchSpec, shapes: dict[str, jax.ShapeDtypeStruct], split: Split) -> dict[str, Any]:
     """The tree of a Store as shapes, for programs compiled before weights are there. shapes: by stored name."""
-    if not stacks_layers(split.platform):
-        return tree(arch, shapes)
     places, flat = stack_places(arch), {}
     for name, shape in shapes.items():
         layer, part = split_name(name)
-        if layer in places:
+        if is_stacked(name, split.platform):
             stack = places[layer][0]
             length = sum(other == stack for other, _ in places.values())
             spec = PartitionSpec(None, *(shape.sharding.spec if len(split.devices) > 1 else ()))

@@ -35,7 +35,8 @@ def workspace_bytes(config: RunnerConfig, params: dict[str, Any], split: Split, 
     most, code = (max(column) for column in zip(*sizes, strict=True))
     logits = bytes_of(made.logits(rows))
     hidden = tokens * config.arch.hidden_size * 4
-    return most + code * len(programs) + tables_of(programs) + IN_FLIGHT_LOGITS * (logits + hidden)
+    results = made.held_bytes() or IN_FLIGHT_LOGITS * (logits + hidden)
+    return most + code * len(programs) + tables_of(programs) + results
 
 
 def measured(made: ProgramSet, program: Program) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from backends.jax import mesh, programs, stacks
 from backends.jax.runner import Runner
 from engine.runner import ModelRunner
 from pallas_kernels import dispatch
@@ -24,6 +25,9 @@ class TestGpuStep(Conformance):
     def as_on_a_gpu(cls) -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(dispatch, "choose_kernel", lambda platform, head_size: "gpu_interpreted")
+            patch.setattr(programs, "HELD_ON", ("cpu",))
+            patch.setattr(stacks, "stacks_norms", lambda platform: True)
+            patch.setattr(mesh, "dispatches_apart", lambda platform: True)
             yield
 
     @classmethod

@@ -8,6 +8,7 @@ import jax
 import pytest
 from jax import monitoring
 
+from backends.jax import mesh
 from backends.jax.programs import ProgramSet
 from backends.jax.runner import Runner
 from backends.jax.split import Split
@@ -96,7 +97,9 @@ def test_an_unknown_bucket_is_refused() -> None:
     d.runner.shutdown()
 
 
-def test_a_lost_cache_is_reported_and_made_anew() -> None:
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_lost_cache_is_reported_and_made_anew(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mesh, "dispatches_apart", lambda platform: apart)
     d = Driver(Runner(), max_slots=3, token_buckets=(2, 16), row_buckets=(2,), sampler_limits=LIMITS)
     prompt = d.prompt(9)
     first = d.new(prompt)
@@ -111,6 +114,30 @@ def test_a_lost_cache_is_reported_and_made_anew() -> None:
     assert failure.value.cache_lost
     with pytest.raises(InternalError, match="another generation"):  # every slot is closed
         runner.submit([d.plan([(first, 1)])])
+    first.opened = False
+    d.close(first)
+    again = d.new(prompt)
+    d.generate([again], 4)
+    assert again.outputs == first.outputs
+    runner.shutdown()
+
+
+def test_steps_behind_a_lost_cache_fail_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a thread makes the calls the next step is submitted before anybody knows; then there are new pages."""
+    monkeypatch.setattr(mesh, "dispatches_apart", lambda platform: True)
+    d = Driver(Runner(), max_slots=3, token_buckets=(2, 16), row_buckets=(2,), sampler_limits=LIMITS)
+    prompt = d.prompt(9)
+    first = d.new(prompt)
+    d.generate([first], 4)
+    runner = d.runner
+    assert isinstance(runner, Runner) and runner._state is not None
+    for array in runner._state.caches:
+        array.delete()
+    handles = [runner.submit([d.plan([(first, 1)])]) for _ in range(2)]
+    for handle in handles:
+        with pytest.raises(StepFailed) as failure:
+            runner.collect(handle)
+        assert failure.value.cache_lost
     first.opened = False
     d.close(first)
     again = d.new(prompt)
