@@ -50,7 +50,7 @@ def test_the_same_over_replicas(kv_dtype: str, tmp_path: Path) -> None:
         for kind in ("logprobs", "prompt"):
             for scores, wanted in zip(answers[kind], alone[kind], strict=True):
                 # a sum in another order may move a rounded key or value to its neighbour
-                np.testing.assert_allclose(scores, wanted, atol=2e-4 if kv_dtype == "auto" else 3e-2)
+                np.testing.assert_allclose(scores, wanted, atol=2e-4 if kv_dtype == "auto" else 5e-3)
         assert answers["num_compiles"] == (0 if ":" in size else alone["num_compiles"])
         assert answers["num_pages"] == alone["num_pages"] * int(size[0])
 

@@ -44,8 +44,8 @@ def test_the_same_over_many_devices(layers: str, sizes: str) -> None:
         for (tokens, logprobs), (wanted, wanted_logprobs) in zip(rows, alone, strict=True):
             assert tokens == wanted, size
             # with rounded inputs, or keys and values, a sum in another order may move one to its neighbour
-            moved = layers in ("int8", "fp8", "int8_pages")
-            np.testing.assert_allclose(logprobs, wanted_logprobs, atol=3e-2 if moved else 2e-4)
+            near = {"int8": 3e-2, "fp8": 3e-2, "int8_pages": 5e-3}.get(layers, 2e-4)
+            np.testing.assert_allclose(logprobs, wanted_logprobs, atol=near)
 
 
 @pytest.mark.parametrize(
