@@ -15,13 +15,13 @@ from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.runner import Capability, DeviceInfo, RunnerConfig, SamplerLimits
 from engine.specs.arch import ArchSpec
-from engine.specs.cache import CacheLayout, GroupKind, GroupLayout, GroupSpec, PoolLayout, cache_groups
+from engine.specs.cache import INT8_PAGES, CacheLayout, GroupKind, GroupLayout, GroupSpec, PoolLayout, cache_groups
 from engine.specs.families.quantization import at_load
 from engine.specs.parallel import check_parallel
 from engine.specs.quant import Rules
+from engine.specs.weights import DTYPE_BYTES
 
 UNIT_TOKENS = 16
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8_e4m3": 1}
 DTYPE_SPELLINGS = {"half": "float16", "float": "float32", "fp8": "fp8_e4m3"}
 AUTO = -1  # of --max-model-len
 MOST_INVARIANT_LOGPROBS = 64  # what the kernel of raw logprobs ranks
@@ -98,7 +98,7 @@ def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolve
         max_num_batched_tokens=batched,
         max_model_len=max_model_len,
         max_model_len_given=config.model.max_model_len not in (None, AUTO),
-        kv_bytes_per_token=sum(g.bytes_per_token(DTYPE_BYTES[kv_dtype], ranks) for g in groups),
+        kv_bytes_per_token=sum(g.bytes_per_token(kv_dtype, ranks) for g in groups),
         notes=notes,
     )
 
@@ -201,7 +201,8 @@ def resolve_kv_dtype(name: str, dtype: str, device: DeviceInfo) -> str:
     known = (*device.supported_dtypes, *device.kv_dtypes)
     if name not in known:
         accepted = ", ".join(("auto", *known))
-        raise ConfigError(f"--kv-cache-dtype: {name!r} is not supported on {device.name}; one of {accepted}")
+        elsewhere = "; pages of int8 need --backend jax on a TPU or a CPU" if name == INT8_PAGES else ""
+        raise ConfigError(f"--kv-cache-dtype: {name!r} is not supported on {device.name}; one of {accepted}{elsewhere}")
     return name
 
 
@@ -338,7 +339,7 @@ def plan_cache(
     runner, groups = resolved.runner, resolved.groups
     pool_of, pools = share_pools(groups)
     page = runner.page_tokens[0]
-    page_bytes = [g.bytes_per_token(DTYPE_BYTES[runner.kv_dtype], runner.tensor_size) * page for g in pools]
+    page_bytes = [g.bytes_per_token(runner.kv_dtype, runner.tensor_size) * page for g in pools]
     override, given = config.cache.num_gpu_blocks_override, config.cache.kv_cache_memory_bytes
     budget = budget_bytes if given is None else given
 
@@ -434,10 +435,11 @@ def pages_of(resolved: Resolved, length: int) -> list[int]:
 def kv_bytes_of(resolved: Resolved, length: int) -> int:
     """Bytes of the KV pages of one sequence of `length` tokens, the null pages included."""
     pools, page = share_pools(resolved.groups)[1], resolved.runner.page_tokens[0]
-    item = DTYPE_BYTES[resolved.runner.kv_dtype]
+    runner = resolved.runner
     pages = pages_of(resolved, length)
     return sum(
-        (n + 1) * g.bytes_per_token(item, resolved.runner.tensor_size) * page for n, g in zip(pages, pools, strict=True)
+        (n + 1) * g.bytes_per_token(runner.kv_dtype, runner.tensor_size) * page
+        for n, g in zip(pages, pools, strict=True)
     )
 
 

@@ -14,7 +14,7 @@ from jax import Array
 from engine.specs import arch
 from jax_models.layers import rms_norm, rotate
 from jax_models.linear import linear, linear_sum, weight_of
-from pallas_kernels.dispatch import Work, paged_attention
+from pallas_kernels.dispatch import Cache, Work, paged_attention
 
 
 class Attention(nnx.Module):
@@ -31,8 +31,8 @@ class Attention(nnx.Module):
         self.o_bias = params.get("o_bias")  # [D]
 
     def __call__(
-        self, x: Array, cos: Array | None, sin: Array | None, cache: Array, layer_index: int, work: Work
-    ) -> tuple[Array, Array]:
+        self, x: Array, cos: Array | None, sin: Array | None, cache: Cache, layer_index: int, work: Work
+    ) -> tuple[Array, Cache]:
         """x: [T, D]; cos, sin: f32 [T, R / 2], None without rope -> ([T, D], cache with this step's tokens)."""
         spec = self.spec
         q, k, v = self.turned(x, cos, sin)

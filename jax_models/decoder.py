@@ -20,7 +20,7 @@ from jax_models.attention import Attention
 from jax_models.ffn import GatedFfn
 from jax_models.layers import embed, head, rms_norm
 from jax_models.linear import weight_of
-from pallas_kernels.dispatch import Work
+from pallas_kernels.dispatch import Cache, Work
 from pallas_kernels.ranks import all_tokens
 
 Params = Mapping[str, Any]
@@ -40,8 +40,8 @@ class Layer(nnx.Module):
         self.post_ffn_norm = params.get("post_ffn_norm")  # [D]
 
     def __call__(
-        self, x: Array, cos: Array | None, sin: Array | None, cache: Array, layer_index: int, work: Work
-    ) -> tuple[Array, Array]:
+        self, x: Array, cos: Array | None, sin: Array | None, cache: Cache, layer_index: int, work: Work
+    ) -> tuple[Array, Cache]:
         """x: [T, D], or a rank's tokens of it (ranks.split_over) -> (the same, cache)."""
         eps, offset = self.spec.norms.eps, self.spec.norms.offset
         normed = all_tokens(rms_norm(x, self.attn_norm, eps, offset))
@@ -70,10 +70,10 @@ class Decoder(nnx.Module):
         self,
         token_ids: Array,
         positions: Array,
-        caches: list[Array],
+        caches: list[Cache],
         places: Sequence[tuple[int, int, int]],
         works: Sequence[Work],
-    ) -> tuple[Array, list[Array]]:
+    ) -> tuple[Array, list[Cache]]:
         """Hidden states after the final norm, [T, D], and the caches with this step's keys and values.
 
         token_ids: i32 [T] in [0, V); positions: i32 [T]; caches: one a pool;

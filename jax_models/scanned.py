@@ -17,7 +17,7 @@ from engine.specs.arch import ArchSpec
 from jax_models.decoder import Decoder, Layer, Params
 from jax_models.layers import embed, rms_norm
 from jax_models.linear import LAYER, NIBBLES, ZEROS, weight_of
-from pallas_kernels.dispatch import Work
+from pallas_kernels.dispatch import Cache, Work
 from pallas_kernels.ranks import all_tokens
 
 
@@ -39,10 +39,10 @@ class ScannedDecoder(Decoder):
         self,
         token_ids: Array,
         positions: Array,
-        caches: list[Array],
+        caches: list[Cache],
         places: Sequence[tuple[int, int, int]],
         works: Sequence[Work],
-    ) -> tuple[Array, list[Array]]:
+    ) -> tuple[Array, list[Cache]]:
         """As Decoder.__call__."""
         x = embed(token_ids, self.embed, self.spec.embedding_scale)
         turns = self.turns(positions)

@@ -21,6 +21,7 @@ from pallas_kernels import (
     cpu_linear,
     gpu_attention,
     gpu_turn,
+    int8_pages,
     quant_linear,
     ranks,
     tpu_attention,
@@ -29,14 +30,18 @@ from pallas_kernels import (
 )
 from pallas_kernels import paged_attention as plain
 from pallas_kernels.cpu_library import library
+from pallas_kernels.int8_pages import Int8Pages
 
-ATTENTION: Mapping[str, Callable[..., tuple[Array, Array]]] = {
+Cache = int8_pages.Cache
+ATTENTION: Mapping[str, Callable[..., tuple[Array, Cache]]] = {
     "plain": plain.paged_attention,
     "cpu": cpu_attention.paged_attention,
     "gpu": gpu_attention.paged_attention,
     "gpu_interpreted": partial(gpu_attention.paged_attention, interpret=True),
 }
 split_over = ranks.split_over
+NARROW = ("fp8_e4m3", int8_pages.NAME)
+"""Names of KV pages of 8 bits."""
 TILE_TOKENS = 128
 """Query tokens of one prefill tile of the plain kernel."""
 
@@ -159,10 +164,9 @@ def least_rows(platform: str, dtype: str) -> int:
 
 
 def kernel_for(platform: str, head_size: int, kv_dtype: str) -> str:
-    """The attention kernel for a cache: pages of fp8 are a TPU's, and plain XLA's."""
-    if kv_dtype == "fp8_e4m3" and platform != "tpu":
-        return "plain"
-    return choose_kernel(platform, head_size)
+    """The attention kernel for a cache: pages of 8 bits are a TPU's, and plain XLA's."""
+    kernel = choose_kernel(platform, head_size)
+    return "plain" if kv_dtype in NARROW and not kernel.startswith("tpu") else kernel
 
 
 def choose_kernel(platform: str, head_size: int) -> str:
@@ -279,13 +283,46 @@ def cache_shape(
     return (num_layers, num_pages, 2, num_kv_heads, page_tokens, head_size)
 
 
-def cache_heads_axis(kernel: str) -> int:
-    """The axis of cache_shape on which heads lie: the one that ranks share."""
-    return 4 if kernel.startswith("tpu") else 3
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """An array of a pool's cache."""
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    heads_axis: int  # that ranks share
+
+
+def cache_arrays(
+    platform: str,
+    kv_dtype: str,
+    *,
+    num_layers: int,
+    num_pages: int,
+    page_tokens: int,
+    num_kv_heads: int,
+    head_size: int,
+) -> tuple[Stored, ...]:
+    """The array of a pool, or codes and scales of Int8Pages; int8_pages.joined makes the cache of them."""
+    kernel = kernel_for(platform, head_size, kv_dtype)
+    of_tpu = kernel.startswith("tpu")
+    lies_on = "tpu" if of_tpu else platform  # the kernels of a TPU take its forms wherever they run
+    shape = cache_shape(kernel, num_layers, num_pages, page_tokens, num_kv_heads, head_size)
+    held = Stored(shape=shape, dtype=cache_dtype(kv_dtype, lies_on), heads_axis=4 if of_tpu else 3)
+    if kv_dtype != int8_pages.NAME:
+        return (held,)
+    middle = (2 * num_kv_heads,) if of_tpu else (2, num_kv_heads)
+    scales = Stored(
+        shape=(num_layers, num_pages, *middle, page_tokens),
+        dtype=cache_dtype("bfloat16", lies_on),
+        heads_axis=len(middle) + 1,
+    )
+    return held, scales
 
 
 def cache_dtype(kv_dtype: str, platform: str) -> jnp.dtype:
     """How the cache is stored: on the CPU narrow numbers lie as bits, XLA would widen the whole cache otherwise."""
+    if kv_dtype == int8_pages.NAME:
+        return jnp.dtype("int8")  # of codes
     if kv_dtype == "fp8_e4m3":
         return jnp.dtype("uint8" if platform == "cpu" else "float8_e4m3fn")
     return jnp.dtype("uint16" if kv_dtype == "bfloat16" and platform == "cpu" else kv_dtype)
@@ -300,18 +337,18 @@ def paged_attention(
     q: Array,
     k: Array,
     v: Array,
-    cache: tpu_attention.Cache,
+    cache: Cache,
     layer_index: int,
     work: Work,
     *,
     scale: float,
     window: int | None = None,
     logit_cap: float | None = None,
-) -> tuple[Array, tpu_attention.Cache]:
+) -> tuple[Array, Cache]:
     """Write this step's keys and values into the pages, then attend. -> ([T, N, H] of q's dtype, cache).
 
-    q: [T, N, H]; k, v: [T, K, H]; cache: [L, P, 2, K, page, H], donated; the tpu kernels' own shape, of which
-    float8_e4m3fn or Int8Pages say that pages have 8 bits. A query at position p sees keys in (p - window, p].
+    q: [T, N, H]; k, v: [T, K, H]; cache: [L, P, 2, K, page, H], the tpu kernels' own shape, or Int8Pages; donated. A
+    query at position p sees keys in (p - window, p].
     logit_cap: cap * tanh(logits / cap) before the softmax.
     """
     tokens, heads, size = q.shape
@@ -323,10 +360,11 @@ def paged_attention(
             q, k, v, cache, layer_index, work.lists, scale=scale, window=window, logit_cap=logit_cap,
             interpret=work.kernel == "tpu_interpreted",
         )  # fmt: skip
-    if isinstance(cache, tpu_attention.Int8Pages):
-        raise ValueError(f"Int8Pages: the {work.kernel} kernel does not take them, those of a TPU do")
-    if cache.shape[2:] != (2, kv_heads, work.page_tokens, size):
-        raise ValueError(f"cache {cache.shape} does not hold pages of {work.page_tokens} tokens of k {k.shape}")
+    if isinstance(cache, Int8Pages) and work.kernel != "plain":
+        raise ValueError(f"Int8Pages: the {work.kernel} kernel does not take them, plain and those of a TPU do")
+    shape = int8_pages.parts(cache)[0].shape
+    if shape[2:] != (2, kv_heads, work.page_tokens, size):
+        raise ValueError(f"cache {shape} does not hold pages of {work.page_tokens} tokens of k {k.shape}")
     return ATTENTION[work.kernel](
         q,
         k,

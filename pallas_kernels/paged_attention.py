@@ -11,6 +11,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array, lax
 
+from pallas_kernels.int8_pages import Cache, Int8Pages, rounded
+
 DECODE_GROUP = 8  # rows attended together: they cost as much as the longest of them
 BLOCK_TOKENS = 256  # keys of a prefill block
 TILE_TOKENS = 128
@@ -22,7 +24,7 @@ def paged_attention(
     q: Array,
     k: Array,
     v: Array,
-    cache: Array,
+    cache: Cache,
     layer_index: int,
     *,
     page_table: Array,
@@ -39,7 +41,7 @@ def paged_attention(
     scale: float,
     window: int | None,
     logit_cap: float | None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, Cache]:
     """Arguments as dispatch.paged_attention and dispatch.Work have them."""
     del num_rows  # padding rows have num_new == 0
     cache = write(k, v, cache, layer_index, write_page, write_offset)
@@ -88,38 +90,64 @@ class Limits:
         return jnp.where(seen, scores, MASKED)
 
 
-def write(k: Array, v: Array, cache: Array, layer_index: int | Array, page: Array, offset: Array) -> Array:
+def page_tokens(cache: Cache) -> int:
+    codes = cache.codes if isinstance(cache, Int8Pages) else cache
+    return codes.shape[4]
+
+
+def write(k: Array, v: Array, cache: Cache, layer_index: int | Array, page: Array, offset: Array) -> Cache:
     """Put keys and values of T tokens at (page, offset). k, v: [T, K, H]; page, offset: i32 [T]."""
     both = jnp.stack((k, v), axis=1)  # [T, 2, K, H]
     both = jnp.where(jnp.isfinite(both), both, 0)  # a masked key has weight 0, and 0 * NaN would reach other rows
+    if isinstance(cache, Int8Pages):
+        codes, scales = rounded(both)
+        return Int8Pages(
+            codes=put(codes, cache.codes, layer_index, page, offset),
+            scales=put(as_bits(scales, cache.scales), cache.scales, layer_index, page, offset),
+        )
     if cache.dtype == jnp.uint16:
-        both = lax.bitcast_convert_type(both.astype(jnp.bfloat16), jnp.uint16)
+        both = as_bits(both.astype(jnp.bfloat16), cache)
     elif cache.dtype in (jnp.uint8, jnp.float8_e4m3fn):
         both = jnp.clip(both, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)  # beyond is NaN
-        both = lax.bitcast_convert_type(both, cache.dtype)
-    both = both.astype(cache.dtype)
+        both = as_bits(both, cache)
+    return put(both.astype(cache.dtype), cache, layer_index, page, offset)
+
+
+def as_bits(x: Array, cache: Array) -> Array:
+    """x as the cache stores it, where that is the same bits by another name."""
+    return lax.bitcast_convert_type(x, cache.dtype)
+
+
+def put(both: Array, cache: Array, layer_index: int | Array, page: Array, offset: Array) -> Array:
+    """Into cache [L, P, 2, K, page, ...], in place. both: [T, 2, K, ...], as stored."""
     return lax.platform_dependent(cache, both, layer_index, page, offset, cpu=put_each, default=put_all)
 
 
 def put_all(cache: Array, both: Array, layer_index: Array, page: Array, offset: Array) -> Array:
-    """both: [T, 2, K, H], as stored."""
-    # advanced indexes apart from each other move to the front: the value is [T, 2, K, H]
+    """As put."""
+    # advanced indexes apart from each other move to the front: the value is [T, 2, K, ...]
     return cache.at[layer_index, page, :, :, offset].set(both, mode="promise_in_bounds")
 
 
 def put_each(cache: Array, both: Array, layer_index: Array, page: Array, offset: Array) -> Array:
     """The same, a token a turn: XLA:CPU copies the whole pool twice around that scatter (8 layers of 4 MB: 50 ms)."""
 
-    def put(token: Array, cache: Array) -> Array:
+    rest = (0,) * (cache.ndim - 5)
+
+    def put_one(token: Array, cache: Array) -> Array:
         return lax.dynamic_update_slice(
-            cache, both[token][None, None, :, :, None], (layer_index, page[token], 0, 0, offset[token], 0)
+            cache, both[token][None, None, :, :, None], (layer_index, page[token], 0, 0, offset[token], *rest)
         )
 
-    return lax.fori_loop(0, len(both), put, cache)
+    return lax.fori_loop(0, len(both), put_one, cache)
 
 
-def read(cache: Array, layer_index: int, pages: Array) -> tuple[Array, Array]:
+def read(cache: Cache, layer_index: int, pages: Array) -> tuple[Array, Array]:
     """Keys and values of whole pages. pages: i32 [B] -> two f32 [B, K, page, H]."""
+    if isinstance(cache, Int8Pages):
+        keys, values = read(cache.codes, layer_index, pages)
+        of_keys, of_values = read(cache.scales, layer_index, pages)  # [B, K, page]
+        return keys * of_keys[..., None], values * of_values[..., None]
     block = cache.at[layer_index, pages].get(mode="promise_in_bounds")
     if block.dtype == jnp.uint16:
         block = lax.bitcast_convert_type(block, jnp.bfloat16)
@@ -139,10 +167,10 @@ def merge(state: tuple[Array, Array, Array], scores: Array, values: Array, spec:
 
 
 def attend_decode(
-    q: Array, out: Array, cache: Array, layer_index: int, rows: Rows, limits: Limits, order: Array
+    q: Array, out: Array, cache: Cache, layer_index: int, rows: Rows, limits: Limits, order: Array
 ) -> Array:
     """Rows with one new token. q, out: f32 [T, K, G, H]; order: i32 [S]."""
-    num_rows, page = order.shape[0], cache.shape[4]
+    num_rows, page = order.shape[0], page_tokens(cache)
     group = min(num_rows, DECODE_GROUP)
     padded = jnp.pad(order, (0, -num_rows % group))  # repeats row 0, which is then computed twice and alike
     tokens, max_pages = q.shape[0], rows.page_table.shape[1]
@@ -183,7 +211,7 @@ def start(query: Array) -> tuple[Array, Array, Array]:
 def attend_tiles(
     q: Array,
     out: Array,
-    cache: Array,
+    cache: Cache,
     layer_index: int,
     rows: Rows,
     limits: Limits,
@@ -192,7 +220,7 @@ def attend_tiles(
     """Rows with several new tokens. q, out: f32 [T, K, G, H]; tiles: rows, first tokens, their number, tile size."""
     tile_rows, tile_starts, num_tiles, tile = tiles
     tokens, kv_heads, groups, size = q.shape
-    page, max_pages = cache.shape[4], rows.page_table.shape[1]
+    page, max_pages = page_tokens(cache), rows.page_table.shape[1]
     block = max(1, BLOCK_TOKENS // page)
     q_padded = jnp.pad(q, ((0, tile), (0, 0), (0, 0), (0, 0)))  # a tile may reach behind the last token
 

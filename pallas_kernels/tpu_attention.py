@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.int8_pages import Cache, Int8Pages
 from pallas_kernels.tpu_decode import LANES, Blocks, decode_attention
 from pallas_kernels.tpu_lists import decode_blocks, prefill_tiles
-from pallas_kernels.tpu_narrow import Cache, Int8Pages, round_tokens
+from pallas_kernels.tpu_narrow import round_tokens
 from pallas_kernels.tpu_prefill import BLOCK_PAGES, TILE, Tiles, prefill_attention
 
 MAX_LISTED = 1 << 15

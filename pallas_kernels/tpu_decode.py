@@ -26,11 +26,13 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu_narrow import Cache, check_scales, joined, parts, repeated_bytes
+from pallas_kernels.int8_pages import Cache, joined, parts
+from pallas_kernels.tpu_narrow import check_scales, repeated_bytes
 
 LANES = 128  # of a vector register: the tokens of a page
 TILE = 16  # tokens that are written together: packed rows of bfloat16
 NARROW_TILE = 32  # the same of pages of 8 bits
+SUBLANES = 8  # rows of a register of float32
 MASKED = -1e30  # finite, so that a block of masked keys alone gives no NaN
 
 
@@ -213,10 +215,11 @@ def decode_kernel(  # type: ignore[no-untyped-def]
         def _():
             both_last = (((1,), (1,)), ((), ()))
             keys, values = (held[slot, part].astype(queries.dtype) if scaled else held[slot, part] for part in (0, 1))
+            if scaled:  # two products: of one, the values' half would be held in registers until shares are there
+                of_keys = lax.dot(spread[:heads], factors[slot], preferred_element_type=jnp.float32)
             scores = lax.dot_general(queries[...], keys, both_last, preferred_element_type=jnp.float32) * scale
             if scaled:
-                factor = lax.dot(spread[...], factors[slot], preferred_element_type=jnp.float32)
-                scores = scores * factor[:heads]
+                scores = scores * of_keys
             if logit_cap is not None:
                 scores = logit_cap * jnp.tanh(scores / logit_cap)
             seen = lane <= new
@@ -232,7 +235,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
             top[...] = higher
             weight[...] = weight[...] * kept + jnp.sum(share, axis=1, keepdims=True)
             if scaled:
-                share = share * factor[heads:]
+                share = share * lax.dot(spread[heads:], factors[slot], preferred_element_type=jnp.float32)
             share = share.astype(queries.dtype if narrow else held.dtype)
             total[...] = total[...] * kept + lax.dot(share, values, preferred_element_type=jnp.float32)
 
@@ -241,11 +244,18 @@ def decode_kernel(  # type: ignore[no-untyped-def]
             divisor = weight[...]
             if has_sinks:
                 divisor = divisor + jnp.exp(sinks[...] - top[...])
-            wide = jnp.where(own, total[...], 0.0)
-            mixed = wide[:, :size]
-            for other in range(1, kv_heads):
-                mixed = mixed + wide[:, other * size : (other + 1) * size]
-            out[row] = (mixed / divisor).astype(out.dtype)
+            group, mixed = heads // kv_heads, []
+            for begin in range(0, heads, SUBLANES):  # a register's rows: their masks are few, and alike in all of them
+                rows_of = slice(begin, min(begin + SUBLANES, heads))
+                first, last = begin // group, (rows_of.stop - 1) // group  # KV heads
+                line = lax.broadcasted_iota(jnp.int32, (rows_of.stop - begin, size), 0)
+                of_head = lax.div(line + begin % group, group)  # counted from `first`
+                block = total[rows_of, first * size : (first + 1) * size]
+                for other in range(first + 1, last + 1):
+                    own_part = total[rows_of, other * size : (other + 1) * size]
+                    block = jnp.where(of_head == other - first, own_part, block)
+                mixed.append(block)
+            out[row] = (jnp.concatenate(mixed, axis=0) / divisor).astype(out.dtype)
             wait(write_back())
 
         return 0

@@ -3,47 +3,23 @@
 The cache's type tells the form: an array of float8_e4m3fn holds what it holds, saturated, with no scale (as the torch
 backend's fp8 pages); Int8Pages holds codes of one byte and a scale for every token and head. A page's scales lie with
 the tokens in the lanes, so they come as one small copy beside the page's wide one, and meet scores as they lie. Scales
-are bfloat16 and codes are rounded with the scale as it is kept: a product with ones and zeros moves scales exactly.
+are bfloat16: a product with ones and zeros moves them exactly.
 Letters: T tokens · K KV heads · H head size · W = K * H · L layers · P pages.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-INT8_MAX, E4M3_MAX = 127.0, 448.0
-SMALLEST = 1e-12  # a scale of a head of zeros: anything but 0
+from pallas_kernels.int8_pages import Cache, Int8Pages, rounded
+
+E4M3_MAX = 448.0
 LANES = 128  # of a vector register
-ROUND_UP = 1 + 2**-8  # no scale is under largest / 127 when it has become bfloat16
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Int8Pages:
-    """A cache of int8."""
-
-    codes: Array  # i8 [L, P, 2, page, W]
-    scales: Array  # bf16 [L, P, 2 * K, page]: of head 0's keys, of its values, of head 1's keys ...
-
-
-Cache = Array | Int8Pages
-
-
-def parts(cache: Cache) -> tuple[Array, ...]:
-    """(codes or numbers [L, P, 2, page, W], scales if it has any)."""
-    return (cache.codes, cache.scales) if isinstance(cache, Int8Pages) else (cache,)
-
-
-def joined(arrays: tuple[Array, ...]) -> Cache:
-    """What parts took apart."""
-    return Int8Pages(codes=arrays[0], scales=arrays[1]) if len(arrays) == 2 else arrays[0]
 
 
 def round_tokens(k: Array, v: Array, cache: Cache) -> tuple[Array, Array, Array | None]:
@@ -57,14 +33,9 @@ def round_tokens(k: Array, v: Array, cache: Cache) -> tuple[Array, Array, Array 
         clipped = (x if limit is None else jnp.clip(x, -limit, limit) for x in (k, v))
         k, v = (x.astype(cache.dtype).reshape(flat) for x in clipped)
         return k, v, None
-    codes, scales = [], []
-    for x in (k, v):
-        x = x.astype(jnp.float32)
-        largest = jnp.maximum(jnp.max(jnp.abs(x), axis=2, keepdims=True), SMALLEST)
-        scale = (largest * (ROUND_UP / INT8_MAX)).astype(jnp.bfloat16)
-        codes.append(jnp.round(x / scale.astype(jnp.float32)).astype(jnp.int8).reshape(flat))
-        scales.append(scale[:, :, 0])
-    return codes[0], codes[1], jnp.stack(scales, axis=2).reshape(k.shape[0], -1)
+    (keys, of_keys), (values, of_values) = rounded(k), rounded(v)
+    scales = jnp.stack((of_keys, of_values), axis=2).reshape(k.shape[0], -1)
+    return keys.reshape(flat), values.reshape(flat), scales
 
 
 def repeated_bytes(x: Array) -> Array:

@@ -25,8 +25,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.int8_pages import Cache, joined, parts
 from pallas_kernels.tpu_decode import LANES, MASKED
-from pallas_kernels.tpu_narrow import Cache, check_scales, joined, moved_rows, parts, widened, write_scales
+from pallas_kernels.tpu_narrow import check_scales, moved_rows, widened, write_scales
 
 TILE = 128  # queries of a tile
 SUBLANES = {2: 16, 1: 32, 4: 8}  # packed rows of so many bytes that are copied together

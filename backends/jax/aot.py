@@ -37,8 +37,9 @@ from engine.specs.executables import (
     read_program,
     refuse,
 )
+from pallas_kernels.int8_pages import Int8Pages
 
-RECORDS = {"Rows": Rows, "Tables": Tables}
+RECORDS = {"Rows": Rows, "Tables": Tables, "Int8Pages": Int8Pages}
 
 # trees as JSON
 
@@ -52,7 +53,7 @@ def describe(tree: Any) -> Any:
             return {"list": [describe(part) for part in tree]}
         case tuple():
             return {"tuple": [describe(part) for part in tree]}
-        case Rows() | Tables():
+        case Rows() | Tables() | Int8Pages():
             return {type(tree).__name__: {part.name: describe(getattr(tree, part.name)) for part in fields(tree)}}
     return [np.dtype(tree.dtype).name, list(tree.shape)]
 

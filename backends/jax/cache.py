@@ -1,9 +1,11 @@
-"""The KV cache on the device: one array a pool, donated from program to program, and copies between its pages.
+"""The KV cache on the device: an array a pool, or codes and scales, donated from program to program, and page copies.
 
 Letters: L layers of the pool · P pages · K KV heads · H head size.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,29 +15,50 @@ from jax.sharding import PartitionSpec
 from backends.jax.split import AXIS, Split
 from engine.specs.cache import CacheLayout
 from pallas_kernels import dispatch
+from pallas_kernels.int8_pages import Cache, Int8Pages, joined
 
 COPIES = 8
 """Page copies of one call of the copy program."""
 
 
-def cache_shapes(layout: CacheLayout, split: Split) -> list[jax.ShapeDtypeStruct]:
-    """One array a pool, as dispatch lays it out, the ranks' heads one after another. A pool tells its rank's heads."""
+def cache_shapes(layout: CacheLayout, split: Split) -> list[Any]:
+    """The shapes of a Cache a pool, as dispatch lays it out, the ranks' heads one after another.
+
+    A pool tells its rank's heads.
+    """
     found = []
     for pool in layout.pools:
-        kernel = dispatch.kernel_for(split.platform, pool.head_size, layout.kv_dtype)
-        heads = pool.num_kv_heads * split.size
-        shape = dispatch.cache_shape(kernel, pool.num_layers, pool.num_pages, pool.page_tokens, heads, pool.head_size)
-        axis = dispatch.cache_heads_axis(kernel)
-        spec = PartitionSpec(*(AXIS if n == axis else None for n in range(len(shape))))
-        found.append(split.shape(shape, dispatch.cache_dtype(layout.kv_dtype, split.platform), spec))
+        arrays = dispatch.cache_arrays(
+            split.platform,
+            layout.kv_dtype,
+            num_layers=pool.num_layers,
+            num_pages=pool.num_pages,
+            page_tokens=pool.page_tokens,
+            num_kv_heads=pool.num_kv_heads * split.size,
+            head_size=pool.head_size,
+        )
+        shapes = (split.shape(x.shape, x.dtype, PartitionSpec(*[None] * x.heads_axis, AXIS)) for x in arrays)
+        found.append(joined(tuple(shapes)))  # type: ignore[arg-type]
     return found
 
 
-def copy_pages(cache: Array, copies: Array) -> Array:
-    """Copy the first tokens of pages, in all layers. copies: i32 [3, COPIES] source, target, tokens (0 pads).
+def shardings(caches: Any) -> Any:
+    """Where each array of a tree of shapes lies."""
+    return jax.tree_util.tree_map(lambda shape: shape.sharding, caches)
 
-    cache: [L, P, ..., page, lanes], as dispatch.cache_shape says.
-    """
+
+def copy_pages(cache: Cache, copies: Array) -> Cache:
+    """Copy the first tokens of pages, in all layers. copies: i32 [3, COPIES] source, target, tokens (0 pads)."""
+    if not isinstance(cache, Int8Pages):
+        return copy_array(cache, copies)
+    return Int8Pages(
+        codes=copy_array(cache.codes, copies),
+        scales=copy_array(cache.scales[..., None], copies)[..., 0],
+    )
+
+
+def copy_array(cache: Array, copies: Array) -> Array:
+    """As copy_pages. cache: [L, P, ..., page, lanes]."""
     shape = (cache.shape[0], 1, *cache.shape[2:])
     start = (0,) * (cache.ndim - 2)
 

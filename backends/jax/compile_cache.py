@@ -65,6 +65,7 @@ def disabled() -> Iterator[None]:
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # jax asks the setting once a process
+    jax.clear_caches()  # a program that a runner of this process took out of the cache would be handed out again
     try:
         yield
     finally:

@@ -21,7 +21,7 @@ from backends.jax.split import AXIS
 from backends.jax.tables import Rows, advance, set_pages
 from engine.specs.cache import CacheLayout
 from jax_models.decoder import Decoder
-from pallas_kernels.dispatch import Work, make_lists, split_over
+from pallas_kernels.dispatch import Cache, Work, make_lists, split_over
 
 HEAD_ROWS = 8
 """Rows of logits computed together on a CPU; padding costs no more than a block."""
@@ -48,18 +48,18 @@ def places(layout: CacheLayout) -> tuple[tuple[int, int, int], ...]:
 
 def split_forward(
     params: dict[str, Any],
-    caches: list[Array],
+    caches: list[Cache],
     rows: Rows,
     packed: Array,
     *,
     traits: Traits,
     shape: Shape,
     spread: Spread,
-) -> tuple[list[Array], Rows, Array, Array, Array]:
+) -> tuple[list[Cache], Rows, Array, Array, Array]:
     """`forward` on every device of a mesh, each with its part of params and caches. Logits stay split by vocabulary."""
     whole = PartitionSpec()
 
-    def of_rank(params: dict[str, Any], caches: list[Array], rows: Rows, packed: Array) -> Any:
+    def of_rank(params: dict[str, Any], caches: list[Cache], rows: Rows, packed: Array) -> Any:
         with split_over(AXIS, tokens=splits_tokens(traits, shape)):
             return forward(params, caches, rows, packed, traits=traits, shape=shape)
 
@@ -80,8 +80,8 @@ def splits_tokens(traits: Traits, shape: Shape) -> bool:
 
 
 def forward(
-    params: dict[str, Any], caches: list[Array], rows: Rows, packed: Array, *held: Array, traits: Traits, shape: Shape
-) -> tuple[list[Array], Rows, Array, Array, Array]:
+    params: dict[str, Any], caches: list[Cache], rows: Rows, packed: Array, *held: Array, traits: Traits, shape: Shape
+) -> tuple[list[Cache], Rows, Array, Array, Array]:
     """-> (caches, rows, logits f32 [S, V], hidden [T, D], i32 [3, S]).
 
     The last holds: sampled ids and a flag of non-finite logits, both for the sampling rows one after another, and a

@@ -18,6 +18,7 @@ from engine.errors import ConfigError
 from engine.runner import Capability, DeviceInfo
 from engine.specs.chips import parse_slice
 from engine.specs.quant import FORMS
+from pallas_kernels.dispatch import NARROW
 
 CAPABILITIES = frozenset(
     {
@@ -83,7 +84,7 @@ def describe(target: Target) -> DeviceInfo:
         page_tokens=PAGE_TOKENS.get(device.platform, 64),
         default_dtype="float32" if device.platform == "cpu" else "bfloat16",
         supported_dtypes=("float32", "bfloat16"),
-        kv_dtypes=("fp8_e4m3",) if device.platform in ("cpu", "tpu") else (),
+        kv_dtypes=NARROW if device.platform in ("cpu", "tpu") else (),
         quantization=QUANTIZATION,
         weight_forms=("fp8", "int8", "w4") if device.platform == "tpu" else FORMS,
         bucket_style="pow2",

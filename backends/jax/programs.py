@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 
 from backends.jax import sample, tables, turns, updates
 from backends.jax.batch import Packer, Shape, packed_size
-from backends.jax.cache import COPIES, cache_shapes, copy_pages
+from backends.jax.cache import COPIES, cache_shapes, copy_pages, shardings
 from backends.jax.compile import Name, Program, Programs
 from backends.jax.decoders import Traits, make_decoder
 from backends.jax.forward import HEAD_ROWS, Spread, forward, split_forward
@@ -31,6 +31,7 @@ from engine.specs.cache import CacheLayout
 from engine.specs.parallel import rank_arch
 from engine.step import I32, U32, Bucket
 from pallas_kernels import dispatch
+from pallas_kernels.int8_pages import Cache
 
 SCORE_BYTES = 64 << 20
 """Most scratch memory of one call that scores prompt tokens."""
@@ -55,7 +56,7 @@ time, scratch would be too, and the host would write each launch anew (2 ms of a
 class DeviceState:
     """What programs hand on: each call takes these arrays and puts new ones in their place."""
 
-    caches: list[jax.Array]
+    caches: list[Cache]
     rows: tables.Rows
     tables: tables.Tables
     logits: dict[int, jax.Array]  # by S, of the last forward program of so many rows; none but where HELD_ON says
@@ -173,7 +174,7 @@ class ProgramSet:
             ("fresh",),
             lambda: jax.tree_util.tree_map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
             (),
-            outs=([cache.sharding for cache in caches], whole, whole, whole, whole),
+            outs=(shardings(caches), whole, whole, whole, whole),
         )
 
     def _held(self) -> tuple[dict[int, jax.ShapeDtypeStruct], dict[int, jax.ShapeDtypeStruct]]:
@@ -209,7 +210,7 @@ class ProgramSet:
     def _forward_programs(self) -> list[Program]:
         rows, _ = self._table_shapes()
         caches = cache_shapes(self.layout, self._split)
-        whole, held = self._split.sharding(), [cache.sharding for cache in caches]
+        whole, held = self._split.sharding(), shardings(caches)
         hidden, vocab, dtype = self._config.arch.hidden_size, self._config.arch.vocab_size, self._config.dtype
         chunk = score_rows(vocab)
         held_logits, held_hidden = self._held()
@@ -231,7 +232,7 @@ class ProgramSet:
         programs[("score",)] = Program(("score",), self._score, (self._params, states, targets))
         return list(programs.values())
 
-    def _forward(self, shape: Shape, caches: list[jax.ShapeDtypeStruct]) -> Any:
+    def _forward(self, shape: Shape, caches: list[Any]) -> Any:
         if self._split.size == 1:
             return partial(forward, traits=self._traits, shape=shape)
         mesh = self._split.mesh if self._split.replicas == 1 else None
@@ -284,7 +285,7 @@ class ProgramSet:
             return []
         rows, sampler = self._table_shapes()
         caches = cache_shapes(self.layout, self._split)
-        outs = ([cache.sharding for cache in caches], whole, whole, whole, whole)
+        outs = (shardings(caches), whole, whole, whole, whole)
         most_rows = min(config.max_turn_rows, max(config.row_buckets))
         largest = min(tokens for tokens in self._packers if tokens >= most_rows)
         programs = {}
@@ -344,7 +345,7 @@ class ProgramSet:
             programs.append(Program(("pages", group), function, (rows, ints(3, updates.DELTAS)), donate=(0,)))
         for pool, cache in enumerate(cache_shapes(self.layout, self._split)):
             args = (cache, ints(3, COPIES))
-            programs.append(Program(("copy", pool), copy_pages, args, donate=(0,), outs=cache.sharding))
+            programs.append(Program(("copy", pool), copy_pages, args, donate=(0,), outs=shardings(cache)))
         return programs
 
     # calls

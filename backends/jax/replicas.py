@@ -23,7 +23,7 @@ from backends.jax.updates import Call
 
 PAGES, ROWS, SECOND = 1, 0, 1
 AXES: dict[str, tuple[tuple[Any, ...], Any]] = {
-    "fresh": ((), (PAGES, ROWS, ROWS)),
+    "fresh": ((), (PAGES, ROWS, ROWS, ROWS, ROWS)),  # the last two are empty where there are replicas
     "forward": ((None, PAGES, ROWS, ROWS), (PAGES, ROWS, ROWS, ROWS, SECOND)),
     "take": ((ROWS, ROWS), ROWS),
     "score": ((None, ROWS, ROWS), ROWS),

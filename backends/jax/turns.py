@@ -19,6 +19,7 @@ from backends.jax import sample
 from backends.jax.batch import Shape, places_of, unpack
 from backends.jax.tables import Rows, Tables, has_ended
 from engine.step import LAST_TOKEN
+from pallas_kernels.int8_pages import Cache
 
 CONTROLS = 2
 """Ints beside the packed plan: turns to take, Use bits."""
@@ -46,7 +47,7 @@ class Carry:
     turn: Array  # i32 []
     live: Array  # bool [S]
     packed: Array  # i32, as batch.py packs a step of one turn
-    caches: list[Array]
+    caches: list[Cache]
     rows: Rows
     tables: Tables
     tokens: Array  # i32 [S, k]
@@ -56,14 +57,14 @@ class Carry:
 
 def several_turns(
     params: dict[str, Any],
-    caches: list[Array],
+    caches: list[Cache],
     rows: Rows,
     tables: Tables,
     packed: Array,
     control: Array,
     *,
     loop: Loop,
-) -> tuple[list[Array], Rows, Tables, Array, tuple[Array, Array, Array, Array]]:
+) -> tuple[list[Cache], Rows, Tables, Array, tuple[Array, Array, Array, Array]]:
     """-> (caches, rows, tables, i32 [S, k + ENDS] tokens and what ENDS says, their raw log-probabilities)."""
     size, most = loop.shape.rows, loop.most
     # opening rows leaves -1 there; parked rows begin at 0

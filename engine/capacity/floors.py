@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from engine.resolve import DTYPE_BYTES
 from engine.specs.arch import ArchSpec
 from engine.specs.cache import cache_groups
 from engine.specs.chips import Chip, Slice
 from engine.specs.parallel import rank_arch, shard_shape
 from engine.specs.quant import WeightQuant
-from engine.specs.weights import param_table
+from engine.specs.weights import DTYPE_BYTES, param_table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +79,7 @@ def floor(model: Model, step: str, rows: Sequence[tuple[int, int]]) -> Floor:
     tokens, batch = sum(new for new, _ in rows), len(rows)
     weights = read_bytes(model, tokens)
     products = product_flops(model, tokens, batch)
-    kv, attention = kv_bytes(rank, rows, DTYPE_BYTES[model.kv_dtype]), attention_flops(rank, rows)
+    kv, attention = kv_bytes(rank, rows, model.kv_dtype), attention_flops(rank, rows)
     sent, sent_s = collectives(model, tokens)
     return Floor(
         step=step,
@@ -129,10 +128,10 @@ def factor_type(quant: WeightQuant | None, chip: Chip) -> str:
     return quant.scheme
 
 
-def kv_bytes(rank: ArchSpec, rows: Sequence[tuple[int, int]], item: int) -> int:
+def kv_bytes(rank: ArchSpec, rows: Sequence[tuple[int, int]], kv_dtype: str) -> int:
     """Keys and values that the rows see, each once."""
     return sum(
-        group.bytes_per_token(item) * sum(min(seen, (group.window or seen) + new - 1) for new, seen in rows)
+        group.bytes_per_token(kv_dtype) * sum(min(seen, (group.window or seen) + new - 1) for new, seen in rows)
         for group in cache_groups(rank)
     )
 

@@ -14,7 +14,7 @@ from math import prod
 
 from engine.runner import Capability, DeviceInfo, RunnerConfig
 from engine.specs.arch import ArchSpec, LayerSpec
-from engine.specs.cache import cache_groups
+from engine.specs.cache import INT8_PAGES, cache_groups
 from engine.specs.chips import Chip
 from engine.specs.parallel import shard_shape
 from engine.specs.quant import BLOCK, stored_sizes
@@ -23,6 +23,7 @@ from engine.specs.weights import DTYPE_BYTES, param_table
 MIB = 1 << 20
 CONTEXT_BYTES = 523 * MIB  # of a process on a GPU before anything is planned, measured on an H200
 QUANTIZATION = ("fp8", "compressed-tensors", "awq", "gptq")
+KV_FORMS = ("fp8_e4m3", INT8_PAGES)
 BACKENDS = {"tpu": "jax", "gpu": "torch"}
 
 # backends/jax/programs.py
@@ -58,7 +59,7 @@ def device_info(chip: Chip) -> DeviceInfo:
             ),
             page_tokens=128,
             default_dtype="bfloat16",
-            kv_dtypes=("fp8_e4m3",),
+            kv_dtypes=KV_FORMS,
             quantization=QUANTIZATION,
             weight_forms=("fp8", "int8", "w4"),
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from engine.capacity.floors import Floor, Model, decode_floor, prefill_floor
-from engine.capacity.parts import QUANTIZATION, device_info, parts, weight_sizes, weight_tensors
+from engine.capacity.parts import KV_FORMS, QUANTIZATION, device_info, parts, weight_sizes, weight_tensors
 from engine.config import EngineConfig, ParallelConfig
 from engine.errors import ConfigError
 from engine.memory import least_kv_bytes, usable_bytes
@@ -141,7 +141,7 @@ def measure(arch: ArchSpec, ask: Ask) -> Plan:
     config = replace(ask.config, parallel=ParallelConfig())
     device = device_info(ask.slice.chip)
     # what the engine could hold
-    able = replace(device, quantization=QUANTIZATION, weight_forms=FORMS, kv_dtypes=("fp8_e4m3",))
+    able = replace(device, quantization=QUANTIZATION, weight_forms=FORMS, kv_dtypes=KV_FORMS)
     resolved = resolve(config, rank_arch(arch, ranks), able)
     whole = replace(arch, quant=resolved.runner.arch.quant)
     tensors = weight_tensors(whole, ranks, resolved.runner.dtype, device.kind)

@@ -28,7 +28,8 @@ HELP: dict[str, str] = {
     "kv_cache_memory_bytes": "Bytes for the KV cache, instead of what is left.",
     "num_gpu_blocks_override": "Number of KV pages, instead of what fits.",
     "enable_prefix_caching": "Reuse KV pages of equal prefixes.",
-    "kv_cache_dtype": "Number type of the KV cache; auto = that of the model; fp8 = fp8_e4m3, half the bytes.",
+    "kv_cache_dtype": "Number type of the KV cache; auto = that of the model; fp8 = fp8_e4m3, half the bytes; "
+    "int8_per_token_head: scales beside the codes, jax backend on a TPU or CPU.",
     # schedule
     "max_num_seqs": "Most sequences in one step.",
     "max_num_batched_tokens": "Most tokens in one step.",
@@ -71,7 +72,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "load_format": ("auto", "safetensors", "orbax", "dummy"),
     "dtype": ("auto", "float32", "bfloat16", "float16", "half", "float"),
     "quantization": ("fp8", "compressed-tensors", "awq", "gptq"),
-    "kv_cache_dtype": ("auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3"),
+    "kv_cache_dtype": ("auto", "float32", "bfloat16", "float16", "fp8", "fp8_e4m3", "int8_per_token_head"),
     "scheduling_policy": ("fcfs", "priority"),
     "backend": ("auto", "jax", "torch", "fake"),
     "attention_backend": ("auto", "TRITON_ATTN", "FLASHINFER"),

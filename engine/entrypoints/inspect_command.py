@@ -16,7 +16,7 @@ from engine.specs.families import parse_config
 from engine.specs.generation import generation_defaults, stop_ids
 from engine.specs.manifest import is_orbax, read_manifest
 from engine.specs.parallel import check_parallel, shard_shape
-from engine.specs.weights import DTYPE_BYTES, ParamSpec, num_parameters, param_table
+from engine.specs.weights import ParamSpec, num_parameters, param_table
 
 
 def run(path: Path, tensor_parallel_size: int = 1) -> str:
@@ -150,7 +150,7 @@ def group_lines(arch: ArchSpec, ranks: int) -> list[str]:
     dtype = arch.checkpoint_dtype
     lines = []
     for nth, group in enumerate(cache_groups(arch)):
-        num_bytes = group.bytes_per_token(DTYPE_BYTES[dtype], ranks)
+        num_bytes = group.bytes_per_token(dtype, ranks)
         lines.append(
             f"  {nth}: {group_text(group)}, layers {ranges(group.layers)}: "
             f"{num_bytes:,} bytes a token in {dtype}, {held(group, arch, num_bytes)}"

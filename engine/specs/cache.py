@@ -11,6 +11,12 @@ from enum import Enum
 
 from engine.specs.arch import ArchSpec
 
+INT8_PAGES = "int8_per_token_head"
+KV_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8_e4m3": 1, INT8_PAGES: 1}
+"""Bytes of a number in a KV page."""
+SCALE_BYTES = {INT8_PAGES: 2}
+"""Beside each token's keys, and its values, of a head."""
+
 
 class GroupKind(Enum):
     FULL = "full"
@@ -33,10 +39,10 @@ class GroupSpec:
     window: int | None = None  # tokens a query sees, itself included (kind WINDOW)
     sharded: bool = True  # KV heads are split over tensor-parallel ranks
 
-    def bytes_per_token(self, kv_dtype_bytes: int, tensor_parallel: int = 1) -> int:
+    def bytes_per_token(self, kv_dtype: str, tensor_parallel: int = 1) -> int:
         """Bytes of K and V of one token in all layers of the group, on one rank (heads replicated when short)."""
         heads = max(1, self.num_kv_heads // tensor_parallel) if self.sharded else self.num_kv_heads
-        return 2 * len(self.layers) * heads * self.head_size * kv_dtype_bytes
+        return 2 * len(self.layers) * heads * (self.head_size * KV_BYTES[kv_dtype] + SCALE_BYTES.get(kv_dtype, 0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

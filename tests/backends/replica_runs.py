@@ -1,6 +1,6 @@
 """Answers of the whole engine with the jax backend over replicas, as JSON. Run by test_replicas.py.
 
-python -m tests.backends.replica_runs MODEL DPxTP[:BUNDLE]...    in a process of eight CPU devices
+python -m tests.backends.replica_runs MODEL DPxTP[/KV_CACHE_DTYPE][:BUNDLE]...    in a process of eight CPU devices
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def requests() -> tuple[list[dict[str, list[int]]], list[SamplingParams]]:
     return prompts, params
 
 
-def run(model: str, replicas: int, ranks: int, bundle: str) -> dict[str, Any]:
+def run(model: str, replicas: int, ranks: int, kv_dtype: str, bundle: str) -> dict[str, Any]:
     pages: dict[str, Any] = {"executables": bundle} if bundle else {"num_gpu_blocks_override": PAGES}
     llm = LLM(
         model, backend="jax", device="cpu", dtype="float32", data_parallel_size=replicas, tensor_parallel_size=ranks,
         max_num_seqs=4, max_num_batched_tokens=64, max_model_len=128, block_size=16, skip_tokenizer_init=True,
-        show_progress=False, num_scheduler_steps=1, **pages,  # replicas take one turn a step
+        show_progress=False, num_scheduler_steps=1, kv_cache_dtype=kv_dtype, **pages,  # replicas take one turn a step
     )  # fmt: skip
     prompts, params = requests()
     outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -68,9 +68,10 @@ def run(model: str, replicas: int, ranks: int, bundle: str) -> dict[str, Any]:
 def main() -> None:
     found = {}
     for case in sys.argv[2:]:
-        sizes, _, bundle = case.partition(":")
+        shape, _, bundle = case.partition(":")
+        sizes, _, kv_dtype = shape.partition("/")
         replicas, ranks = map(int, sizes.split("x"))
-        found[case] = run(sys.argv[1], replicas, ranks, bundle)
+        found[case] = run(sys.argv[1], replicas, ranks, kv_dtype or "auto", bundle)
     print(json.dumps(found))
 
 

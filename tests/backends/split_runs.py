@@ -1,6 +1,6 @@
 """Tokens of the jax runner over 1 to 8 devices, as JSON. Run by test_split.py in a process of eight CPU devices.
 
-python -m tests.backends.split_runs unrolled|scanned|tokens|orbax|int8|fp8 SIZE...
+python -m tests.backends.split_runs unrolled|scanned|tokens|orbax|int8|fp8|int8_pages SIZE...
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from backends.jax.runner import Runner
 from backends.jax.split import Split
 from backends.jax.weights import load_params
 from engine.specs.arch import ArchSpec
+from engine.specs.cache import INT8_PAGES
 from engine.specs.manifest import write_manifest
 from engine.specs.quant import ModelQuant, Pattern, WeightQuant
 from engine.specs.weights import dummy_params
@@ -65,8 +66,11 @@ def compare(folder: Path, size: int) -> None:
                 np.testing.assert_array_equal(np.asarray(mine.data), np.asarray(other.data))
 
 
-def run(size: int, checkpoint: Path | None = None, spec: ArchSpec | None = None) -> list[object]:
+def run(
+    size: int, checkpoint: Path | None = None, spec: ArchSpec | None = None, pages: str = "float32"
+) -> list[object]:
     told = {} if checkpoint is None else {"checkpoint": checkpoint, "load_format": "orbax"}
+    told["kv_dtype"] = pages
     d = Driver(Runner(), spec or arch(), tensor_size=size, seed=3, **told)
     found: list[object] = []
     for sampling in SAMPLINGS:
@@ -75,6 +79,9 @@ def run(size: int, checkpoint: Path | None = None, spec: ArchSpec | None = None)
         found += [(seq.outputs, seq.logprobs) for seq in seqs]
         for seq in seqs:
             d.close(seq)
+    assert d.runner._state is not None
+    for cache in jax.tree.leaves(d.runner._state.caches):  # each device has its heads' part, of scales too
+        assert cache.addressable_shards[0].data.nbytes * size == cache.nbytes
     d.runner.shutdown()
     return found
 
@@ -88,7 +95,8 @@ def main() -> None:
     sizes = [int(size) for size in sys.argv[2:]]
     if sys.argv[1] != "orbax":
         spec = quantised(sys.argv[1]) if sys.argv[1] in ("int8", "fp8") else None
-        print(json.dumps({size: run(size, spec=spec) for size in sizes}))
+        pages = INT8_PAGES if sys.argv[1] == "int8_pages" else "float32"
+        print(json.dumps({size: run(size, spec=spec, pages=pages) for size in sizes}))
         return
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder))

@@ -1,4 +1,7 @@
-"""The conformance suite on the JAX runner's step for a TPU: stacked weights, a scan, interpreted kernels."""
+"""The conformance suite on the JAX runner's step for a TPU: stacked weights, a scan, interpreted kernels.
+
+With KV pages of float32 and of int8.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from pallas_kernels import dispatch
 from tests.backends import driver
 from tests.backends.conformance import Conformance
 from tests.backends.driver import Driver, llama
+from tests.backends.int8_runner import Int8Runner
 
 
 @pytest.fixture(scope="class", autouse=True)
@@ -35,8 +39,14 @@ class TestTpu(Conformance):
     test_many_rows_at_once = None
 
 
-def make(**options: object) -> Driver:
-    return Driver(Runner(), max_model_len=384, **options)
+class TestTpuInt8(TestTpu):
+    @classmethod
+    def make_runner(cls) -> ModelRunner:
+        return Int8Runner()
+
+
+def make(runner: type[Runner] = Runner, **options: object) -> Driver:
+    return Driver(runner(), max_model_len=384, **options)
 
 
 def outputs(d: Driver, prompt: list[int], count: int) -> list[int]:
@@ -46,9 +56,10 @@ def outputs(d: Driver, prompt: list[int], count: int) -> list[int]:
     return seq.outputs
 
 
-def test_shared_and_copied_pages_of_128() -> None:
+@pytest.mark.parametrize("runner", [Runner, Int8Runner])
+def test_shared_and_copied_pages_of_128(runner: type[Runner]) -> None:
     """A whole page by reference, and 16 and 32 tokens of the next by copy."""
-    d = make(seed=5)
+    d = make(runner, seed=5)
     source = d.new(d.prompt(190))
     d.generate([source], 2)
     for shared in (128, 144, 160):
@@ -62,8 +73,9 @@ def test_shared_and_copied_pages_of_128() -> None:
         assert seq.outputs == outputs(d, prompt, 4)
 
 
-def test_a_page_behind_a_window_may_be_given_away() -> None:
-    d = make(arch=llama(windows=(20, None)), seed=6)
+@pytest.mark.parametrize("runner", [Runner, Int8Runner])
+def test_a_page_behind_a_window_may_be_given_away(runner: type[Runner]) -> None:
+    d = make(runner, arch=llama(windows=(20, None)), seed=6)
     prompt = d.prompt(160)
     wanted = outputs(d, prompt, 8)
     seq = d.new(prompt)

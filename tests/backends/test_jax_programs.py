@@ -24,30 +24,38 @@ from tests.backends.driver import Driver, layout, llama
 LIMITS = SamplerLimits(max_logprobs=5, max_logit_bias=16, max_stop_ids=8, max_bad_words=4, max_bad_word_len=4)
 
 
-def programs(arch: ArchSpec, dtype: str, num_pages: int) -> ProgramSet:
+def programs(arch: ArchSpec, dtype: str, num_pages: int, kv_dtype: str) -> ProgramSet:
     config = RunnerConfig(
-        arch=arch, dtype=dtype, kv_dtype=dtype, max_slots=4, max_model_len=64, page_tokens=(16,),
+        arch=arch, dtype=dtype, kv_dtype=kv_dtype, max_slots=4, max_model_len=64, page_tokens=(16,),
         token_buckets=(4, 32), row_buckets=(4,), load_format="dummy", sampler_limits=LIMITS, max_num_steps=4,
     )  # fmt: skip
     split = Split([jax.devices("cpu")[0]])
-    pages = replace(layout(cache_groups(arch), num_pages=num_pages), kv_dtype=dtype)
+    pages = replace(layout(cache_groups(arch), num_pages=num_pages), kv_dtype=kv_dtype)
     params = load_params(arch, dummy_params(arch, 0), dtype, split)
     made = ProgramSet(config, pages, params, split)
     made.compile(lambda phase, done, total: None)
     return made
 
 
-@pytest.mark.parametrize("kernel", ["C++", "plain"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_no_whole_copies(dtype: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype", "kernel"),
+    [
+        ("float32", "float32", "C++"),
+        ("float32", "float32", "plain"),
+        ("bfloat16", "bfloat16", "C++"),
+        ("bfloat16", "bfloat16", "plain"),
+        ("bfloat16", "int8_per_token_head", "plain"),
+    ],
+)
+def test_no_whole_copies(dtype: str, kv_dtype: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scratch memory does not grow with the cache, and stays under the size of the embedding table."""
     if kernel == "plain":
         monkeypatch.setattr(cpu_attention, "available", lambda head_size: False)
         monkeypatch.setattr(cpu_linear, "available", lambda x, weight: False)
     arch = llama(vocab_size=20_000, windows=(None, None, None))
     table_bytes = arch.vocab_size * arch.hidden_size * (4 if dtype == "float32" else 2)
-    small = programs(arch, dtype, 40)
-    large = programs(arch, dtype, 400)
+    small = programs(arch, dtype, 40, kv_dtype)
+    large = programs(arch, dtype, 400, kv_dtype)
     steps = (("forward", 4), ("forward", 32), ("turns", 4))
     for name in (*steps, ("copy", 0), ("sample", 4), ("open",), ("open_counts",)):
         assert large.temp_bytes(name) <= small.temp_bytes(name) + 1024, name

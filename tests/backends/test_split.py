@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
         ("orbax", "1 2 4 8"),
         ("int8", "1 4"),
         ("fp8", "1 4"),
+        ("int8_pages", "1 2 8"),
     ],
 )
 def test_the_same_over_many_devices(layers: str, sizes: str) -> None:
@@ -42,8 +43,9 @@ def test_the_same_over_many_devices(layers: str, sizes: str) -> None:
     for size, rows in found.items():
         for (tokens, logprobs), (wanted, wanted_logprobs) in zip(rows, alone, strict=True):
             assert tokens == wanted, size
-            # with rounded inputs a sum in another order may move one to its neighbour
-            np.testing.assert_allclose(logprobs, wanted_logprobs, atol=3e-2 if layers in ("int8", "fp8") else 2e-4)
+            # with rounded inputs, or keys and values, a sum in another order may move one to its neighbour
+            near = {"int8": 3e-2, "fp8": 3e-2, "int8_pages": 5e-3}.get(layers, 2e-4)
+            np.testing.assert_allclose(logprobs, wanted_logprobs, atol=near)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from backends.jax.weights import param_bytes, param_shapes
 from backends.jax.workspace import workspace_bytes
 from bench.shapes import INT8
 from engine.runner import RunnerConfig, SamplerLimits
-from engine.specs.cache import cache_groups
+from engine.specs.cache import INT8_PAGES, cache_groups
 from engine.specs.families import parse_config
 from tests.backends.driver import layout
 
@@ -33,38 +33,47 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def made(slice_name: str, ranks: int, pages: int, **changes: Any) -> tuple[ProgramSet, RunnerConfig, Any, Split]:
+def made(
+    slice_name: str, ranks: int, pages: int, kv_dtype: str = "bfloat16", **changes: Any
+) -> tuple[ProgramSet, RunnerConfig, Any, Split]:
     arch, split = parse_config(SMALL | changes), mesh.absent_tpu(slice_name).split(ranks)
     config = RunnerConfig(
-        arch=arch, dtype="bfloat16", kv_dtype="bfloat16", max_slots=8, max_model_len=2048, page_tokens=(128,),
+        arch=arch, dtype="bfloat16", kv_dtype=kv_dtype, max_slots=8, max_model_len=2048, page_tokens=(128,),
         token_buckets=(8, 256), row_buckets=(8,), load_format="dummy", sampler_limits=LIMITS, tensor_size=ranks,
         max_num_steps=4,
     )  # fmt: skip
     held = layout(cache_groups(arch), pages, 128, ranks)
-    held = type(held)(groups=held.groups, pools=held.pools, kv_dtype="bfloat16")
+    held = type(held)(groups=held.groups, pools=held.pools, kv_dtype=kv_dtype)
     params = param_shapes(arch, "bfloat16", split)
     return ProgramSet(config, held, params, split), config, params, split
 
 
-def cache_bytes(pages: int, ranks: int) -> int:
-    return 6 * pages * 2 * 128 * (4 // ranks) * 128 * 2
+def cache_bytes(pages: int, ranks: int, kv_dtype: str = "bfloat16") -> int:
+    head = {"bfloat16": 128 * 2, "fp8_e4m3": 128, INT8_PAGES: 128 + 2}[kv_dtype]
+    return 6 * pages * 2 * 128 * (4 // ranks) * head
 
 
-def test_one_chip() -> None:
+@pytest.mark.parametrize(
+    ("slice_name", "kv_dtype"),
+    [("v6e", "bfloat16"), ("v6e", "fp8_e4m3"), ("v6e", INT8_PAGES), ("v5e", INT8_PAGES)],
+)
+def test_one_chip(slice_name: str, kv_dtype: str) -> None:
     """No scratch grows with the cache (1 % is let pass), which each takes over; none needs more than was planned."""
-    few, config, params, split = made("v6e", 1, 16)
-    many, *_ = made("v6e", 1, 256)
+    few, config, params, split = made(slice_name, 1, 16, kv_dtype)
+    many, *_ = made(slice_name, 1, 256, kv_dtype)
+    more = cache_bytes(256, 1, kv_dtype) - cache_bytes(16, 1, kv_dtype)
     planned = workspace_bytes(config, params, split)
     for small, large in zip(few.programs(), many.programs(), strict=True):
         if small.name[0] not in ("forward", "sample", "turns", "copy"):
             continue
         assert len(jax.tree_util.tree_leaves(large.args)) < 50, large.name
-        scratch = few.build(small).memory_analysis().temp_size_in_bytes
-        memory = many.build(large).memory_analysis()
-        assert memory.temp_size_in_bytes < scratch + (cache_bytes(256, 1) - cache_bytes(16, 1)) / 100, large.name
+        before, memory = few.build(small).memory_analysis(), many.build(large).memory_analysis()
+        scratch = before.temp_size_in_bytes
+        assert memory.temp_size_in_bytes < scratch + more / 100, large.name
         assert scratch < param_bytes(params) / 2 and scratch < planned, large.name
         if small.name[0] != "sample":
-            assert memory.alias_size_in_bytes >= cache_bytes(256, 1), large.name
+            assert memory.alias_size_in_bytes >= cache_bytes(256, 1, kv_dtype), large.name
+            assert memory.argument_size_in_bytes - before.argument_size_in_bytes == more, large.name
 
 
 @pytest.mark.parametrize(
@@ -97,6 +106,20 @@ def test_weights_in_few_bits_are_read_where_they_lie(slice_name: str, quant: dic
             assert len(jax.tree_util.tree_leaves(program.args)) < 50
             scratch = programs.build(program).memory_analysis().temp_size_in_bytes
             assert scratch < stack["gate_up"].size // 6, program.name
+
+
+@pytest.mark.parametrize(("slice_name", "ranks"), [("v6e:2x2", 2), ("v6e:2x2", 4), ("v5e:2x2", 4)])
+def test_pages_of_int8_are_not_padded(slice_name: str, ranks: int) -> None:
+    """What a page takes of a rank that has one or two heads of it, as the compiler lays it out, is what was planned."""
+    sizes = []
+    for pages in (16, 256):
+        programs, *_ = made(slice_name, ranks, pages, INT8_PAGES)
+        copy = next(program for program in programs.programs() if program.name == ("copy", 0))
+        memory = programs.build(copy).memory_analysis()
+        assert memory.alias_size_in_bytes == cache_bytes(pages, ranks, INT8_PAGES)
+        sizes.append(memory.argument_size_in_bytes)
+    (group,) = cache_groups(parse_config(SMALL))
+    assert sizes[1] - sizes[0] == 240 * 128 * group.bytes_per_token(INT8_PAGES, ranks)
 
 
 def test_two_all_reduces_a_layer_over_four_chips() -> None:

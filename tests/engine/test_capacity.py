@@ -197,6 +197,18 @@ def test_floors_by_hand() -> None:
     assert step.kv_bytes == 2 * 10 * (2 * 2 * 1 * 16 * 2)
 
 
+def test_pages_of_int8_by_hand() -> None:
+    """130 bytes for a head of 128: as many more tokens; refused on a GPU, in serve's words."""
+    wide, plan = (planned(LLAMA_8B, "v6e", kv_cache_dtype=name) for name in ("auto", "int8_per_token_head"))
+    assert plan.fits and not plan.refused
+    assert plan.resolved.kv_bytes_per_token == 2 * 32 * 8 * 130
+    assert plan.needed_bytes == wide.needed_bytes
+    assert plan.kv_tokens / wide.kv_tokens == pytest.approx(256 / 130, rel=5e-3)
+    assert plan.floors[0].kv_bytes == plan.context * 2 * 32 * 8 * 130
+    (said,) = planned(LLAMA_8B, "h200", kv_cache_dtype="int8_per_token_head").refused
+    assert "--kv-cache-dtype: 'int8_per_token_head' is not supported on" in said and "--backend jax" in said
+
+
 def test_prefill_floor_by_hand() -> None:
     """10 tokens of prompts of at most 4: 4, 4 and 2, each row of which the head sees once."""
     arch = replace(parse_config(TINY), tied_embeddings=False)

@@ -12,6 +12,7 @@ from engine.errors import ConfigError
 from engine.resolve import GIB, kv_bytes_of, plan_cache, resolve
 from engine.runner import Capability, DeviceInfo
 from engine.specs.arch import ArchSpec, Attention, GatedFfn, LayerSpec, Norms, RopeSpec
+from engine.specs.cache import INT8_PAGES
 
 CPU = DeviceInfo(kind="cpu", name="cpu", memory_bytes=8 * GIB, free_bytes=8 * GIB, capabilities=frozenset())
 
@@ -188,6 +189,21 @@ def test_pages_of_eight_bits_are_half_as_large() -> None:
         assert pages.kv_dtype == "fp8_e4m3" and pages.pools[0].num_pages >= 2 * other.pools[0].num_pages - 2
     with pytest.raises(ConfigError, match="--kv-cache-dtype: 'fp8_e4m3' is not supported on cpu; one of auto, float32"):
         resolve(EngineConfig(cache=CacheConfig(kv_cache_dtype="fp8")), arch(), CPU)
+
+
+def test_pages_of_int8_are_counted_with_their_scales() -> None:
+    """Two bytes for the keys and two for the values of a head of a token."""
+    able = replace(CPU, kv_dtypes=("fp8_e4m3", INT8_PAGES))
+    config = EngineConfig(cache=CacheConfig(kv_cache_dtype="int8_per_token_head"))
+    mixer = arch().layers[0].mixer
+    resolved = resolve(config, arch(), able)
+    assert resolved.runner.kv_dtype == INT8_PAGES
+    token = 2 * len(arch().layers) * mixer.num_kv_heads * (mixer.head_size + 2)
+    assert resolved.kv_bytes_per_token == token
+    pages, _, _ = plan_cache(config, resolved, 4 << 20)
+    assert [pool.page_bytes for pool in pages.pools] == [token * resolved.runner.page_tokens[0]]
+    with pytest.raises(ConfigError, match=r"'int8_per_token_head' is not supported on cpu; .*; pages .* --backend jax"):
+        resolve(config, arch(), CPU)
 
 
 def test_attention_backends() -> None:

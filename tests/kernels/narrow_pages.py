@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.tpu_narrow import Cache, Int8Pages, round_tokens
+from pallas_kernels.int8_pages import Cache, Int8Pages
+from pallas_kernels.tpu_narrow import round_tokens
 
 
 def rounded(cache: jax.Array, kv_heads: int, size: int, form: str) -> Cache:

@@ -12,8 +12,9 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_decode
+from pallas_kernels.int8_pages import Cache
 from pallas_kernels.tpu_decode import LANES, Blocks, decode_attention
-from pallas_kernels.tpu_narrow import Cache, round_tokens
+from pallas_kernels.tpu_narrow import round_tokens
 from tests.kernels.narrow_pages import numbers, numbers_of_tokens, rounded
 
 LAYERS, KV_HEADS, GROUP, SIZE, PAGES = 2, 2, 4, 128, 12

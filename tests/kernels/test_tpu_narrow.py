@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from pallas_kernels import dispatch, tpu_attention
 from pallas_kernels.dispatch import Work
-from pallas_kernels.tpu_narrow import Cache, Int8Pages, repeated_bytes, round_tokens
+from pallas_kernels.int8_pages import Cache, Int8Pages
+from pallas_kernels.tpu_narrow import repeated_bytes, round_tokens
 from tests.kernels.narrow_pages import numbers, numbers_of_tokens, rounded
 
 KV_HEADS, GROUP, SIZE, PAGES = 2, 2, 64, 9

@@ -12,9 +12,10 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_prefill
+from pallas_kernels.int8_pages import Cache
 from pallas_kernels.tpu_decode import LANES
 from pallas_kernels.tpu_lists import prefill_tiles
-from pallas_kernels.tpu_narrow import Cache, round_tokens
+from pallas_kernels.tpu_narrow import round_tokens
 from pallas_kernels.tpu_prefill import BLOCK_PAGES, TILE, prefill_attention
 from tests.kernels.narrow_pages import numbers, numbers_of_tokens, rounded
 

@@ -365,7 +365,7 @@ def test_gemma3_has_two_ropes() -> None:
 def test_cache_groups() -> None:
     (only,) = cache_groups(parsed("Qwen3-0.6B"))
     assert (only.kind, only.layers, only.num_kv_heads, only.head_size) == (GroupKind.FULL, tuple(range(28)), 8, 128)
-    assert only.bytes_per_token(2) == 2 * 28 * 8 * 128 * 2
+    assert only.bytes_per_token("bfloat16") == 2 * 28 * 8 * 128 * 2
     window, full = cache_groups(parsed("gemma-3-1b-it"))
     assert (window.kind, window.window, full.kind, full.window) == (GroupKind.WINDOW, 512, GroupKind.FULL, None)
     assert sorted(window.layers + full.layers) == list(range(26)) and full.layers == (5, 11, 17, 23)
