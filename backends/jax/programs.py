@@ -275,6 +275,8 @@ class ProgramSet:
             block=HEAD_ROWS if split.platform == "cpu" else sampled_together(rows, most),
             num_top=config.sampler_limits.max_logprobs,
             likely=dispatch.choose_likely(split.platform, config.arch.vocab_size, len(split.devices)),
+            ranks=split.size,
+            mesh=split.mesh if split.size > 1 and split.replicas == 1 else None,
         )
 
     def _turn_programs(self) -> list[Program]:
