@@ -298,6 +298,7 @@ class ProgramSet:
                 null_slot=config.max_slots,
                 vocab_size=config.arch.vocab_size,
                 sampled=self._sampled(shape.rows, SAMPLED_IN_TURN),
+                replicas=self._split.replicas,
             )
             packed = jax.ShapeDtypeStruct((packed_size(shape),), np.int32)
             control = jax.ShapeDtypeStruct((turns.CONTROLS,), np.int32)

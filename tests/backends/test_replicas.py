@@ -28,10 +28,22 @@ def test_the_same_over_replicas(tmp_path: Path) -> None:
     model = write_checkpoint("llama", tmp_path / "model")
     bundle = tmp_path / "bundle"
     flags = "--device cpu --dtype float32 --max-num-seqs 4 --max-num-batched-tokens 64 --max-model-len 128 "
-    flags += f"--num-gpu-blocks-override {PAGES} --block-size 16 --data-parallel-size 2 --tensor-parallel-size 2"
+    flags += f"--num-gpu-blocks-override {PAGES} --block-size 16 --data-parallel-size 2 --tensor-parallel-size 2 "
+    flags += "--num-scheduler-steps 8"
     for command in (
         ["twinfer", "compile", str(model), "-o", str(bundle), *flags.split()],
-        ["tests.backends.replica_runs", str(model), "1x1", "4x1", "2x2", "2x4", f"2x2:{bundle}"],
+        [
+            "tests.backends.replica_runs",
+            str(model),
+            "1x1",
+            "4x1",
+            "2x2",
+            "2x4",
+            "1x1x8",
+            "4x1x8",
+            "2x4x8",
+            f"2x2x8:{bundle}",
+        ],
     ):
         done = subprocess.run(
             [sys.executable, "-m", *command], cwd=ROOT, env={**os.environ, **told}, capture_output=True, text=True,
@@ -39,14 +51,16 @@ def test_the_same_over_replicas(tmp_path: Path) -> None:
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    alone = found.pop("1x1")
+    alone, turned = found.pop("1x1"), found["1x1x8"]
     assert len(alone["tokens"]) == 24 and len(alone["logprobs"]) == len(alone["prompt"]) == 6
     for size, answers in found.items():
         assert answers["tokens"] == alone["tokens"], size
         for kind in ("logprobs", "prompt"):
             for scores, wanted in zip(answers[kind], alone[kind], strict=True):
                 np.testing.assert_allclose(scores, wanted, atol=2e-4)
-        assert answers["num_compiles"] == (0 if ":" in size else alone["num_compiles"])
+        one = turned if "x8" in size else alone
+        assert answers["num_compiles"] == (0 if ":" in size else one["num_compiles"])
+        assert answers["several"] if "x8" in size else not answers["several"]
         assert answers["num_pages"] == alone["num_pages"] * int(size[0])
 
 
