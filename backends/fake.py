@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from backends.fake_checks import check_plan, fingerprint
+from backends.fake_checks import check_plans, fingerprint
 from backends.fake_device import Bool, Device, Forward
 from backends.fake_model import FakeOptions, unpack_mask
 from backends.fake_pages import PageContent
@@ -162,12 +162,9 @@ class Runner:
         failed = any(step.failure is not None for step in self._queue)
         check(not (self._draining and failed), "a step failed: collect those behind it before submitting another")
         check(len(self._queue) < self._config.max_in_flight, f"{len(self._queue)} steps are in flight already")
-        check(len(plans) == self._config.num_replicas, f"{len(plans)} plans for {self._config.num_replicas} replicas")
+        check_plans(plans, self._config, self._layout, self.options.capabilities)
         step_id = plans[0].step_id
         check(step_id > self._last_submitted, f"step {step_id} after step {self._last_submitted}")
-        for plan in plans:
-            check(plan.step_id == step_id and plan.bucket == plans[0].bucket, "replicas differ in step_id or bucket")
-            check_plan(plan, self._config, self._layout, self.options.capabilities)
         begin = max(time.monotonic(), self._queue[-1].ready_at if self._queue else 0.0)
         step = Pending(
             handle=Handle(step_id),

@@ -1,19 +1,30 @@
 """What can be said of a StepPlan by looking at it alone: shapes, ranges, buckets, capabilities. Raises InternalError.
 
-Called by backends/fake.py for every plan at submit. Conditions that need the device's tables are in fake_device.py.
+Called by backends/fake.py at submit. Conditions that need the device's tables are in fake_device.py.
 """
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 
 import numpy as np
 
 from engine.errors import check
+from engine.plan_rules import check_replicas
 from engine.runner import Capability, RunnerConfig
 from engine.specs.cache import CacheLayout
 from engine.step import Drafts, OpenedRows, Sampler, StepPlan, query_starts
+
+
+def check_plans(
+    plans: Sequence[StepPlan], config: RunnerConfig, layout: CacheLayout, capabilities: frozenset[Capability]
+) -> None:
+    """Those of all replicas."""
+    check_replicas(plans, config)
+    for plan in plans:
+        check_plan(plan, config, layout, capabilities)
 
 
 def check_plan(plan: StepPlan, config: RunnerConfig, layout: CacheLayout, capabilities: frozenset[Capability]) -> None:

@@ -1,9 +1,12 @@
 """What a plan must be like for a runner that announces neither drafts nor state: refused otherwise.
 
-Raises InternalError: the engine makes plans, a wrong one is our own bug. Called by backends/{jax,torch} at submit.
+Raises InternalError: the engine makes plans, a wrong one is our own bug. Called by backends/{jax,torch} at submit;
+`check_replicas` by the fake too.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from engine.errors import check, fail
 from engine.runner import RunnerConfig
@@ -40,6 +43,18 @@ def check_plan(plan: StepPlan, config: RunnerConfig) -> None:
         if slots.min() < 0 or slots.max() >= config.max_slots:
             fail(f"{step}: slots {slots.tolist()}, expected [0, {config.max_slots})")
         check(longest <= config.max_model_len, f"{step}: a row of {longest}, the limit is {config.max_model_len}")
+
+
+def check_replicas(plans: Sequence[StepPlan], config: RunnerConfig) -> None:
+    """The plans of a step are of one step, one bucket and, where one has several turns, all of decode steps."""
+    check(len(plans) == config.num_replicas, f"{len(plans)} plans for {config.num_replicas} replicas")
+    first = plans[0]
+    several = any(plan.num_steps > 1 for plan in plans)
+    for plan in plans:
+        same = plan.step_id == first.step_id and plan.bucket == first.bucket
+        check(same, "replicas differ in step_id or bucket")
+        if several:
+            check_turns(plan, config)
 
 
 def check_turns(plan: StepPlan, config: RunnerConfig) -> None:

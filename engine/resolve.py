@@ -65,8 +65,7 @@ def resolve(config: EngineConfig, arch: ArchSpec, device: DeviceInfo) -> Resolve
     check_tensor(ranks, arch, device)
     check_replicas(config.parallel.data_parallel_size, ranks, device)
     cost = resolve_cost(arch, DTYPE_BYTES[dtype], ranks, device, seqs)
-    replicas = config.parallel.data_parallel_size
-    turns, turn_rows = resolve_turns(config.schedule.num_scheduler_steps, replicas, device, cost, seqs)
+    turns, turn_rows = resolve_turns(config.schedule.num_scheduler_steps, device, cost, seqs)
     row_buckets, token_buckets = resolve_buckets(device, seqs, batched, cost)
     runner = RunnerConfig(
         arch=arch,
@@ -297,21 +296,15 @@ def resolve_batch(config: EngineConfig, device: DeviceInfo, max_model_len: int) 
     return seqs, tokens
 
 
-def resolve_turns(
-    given: int | None, replicas: int, device: DeviceInfo, cost: StepCost | None, seqs: int
-) -> tuple[int, int]:
+def resolve_turns(given: int | None, device: DeviceInfo, cost: StepCost | None, seqs: int) -> tuple[int, int]:
     """(most decode turns of a step, most rows of such a step): docs/performance.md has the measurements."""
-    able = Capability.MULTI_STEP in device.capabilities and replicas == 1
+    able = Capability.MULTI_STEP in device.capabilities
     if given is None:
         if not able or cost is None:
             return 1, seqs
         return most_turns(cost, TURNS, TURNS_S), min(seqs, HOST_TURN_ROWS) if device.kind == "cpu" else seqs
     if not 1 <= given <= MOST_TURNS:
         raise ConfigError(f"--num-scheduler-steps: {given} is not accepted; expected 1 .. {MOST_TURNS}")
-    if given > 1 and replicas > 1:
-        raise ConfigError(
-            f"--num-scheduler-steps: {given} with --data-parallel-size {replicas} is not supported yet; use 1"
-        )
     if given > 1 and not able:
         raise ConfigError(
             f"--num-scheduler-steps: {given} is not supported by this backend on {device.name}; use --backend jax, or 1"

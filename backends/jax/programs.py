@@ -276,6 +276,8 @@ class ProgramSet:
             block=HEAD_ROWS if split.platform == "cpu" else sampled_together(rows, most),
             num_top=config.sampler_limits.max_logprobs,
             likely=dispatch.choose_likely(split.platform, config.arch.vocab_size, len(split.devices)),
+            ranks=split.size,
+            mesh=split.mesh if split.size > 1 and split.replicas == 1 else None,
         )
 
     def _turn_programs(self) -> list[Program]:
@@ -297,6 +299,7 @@ class ProgramSet:
                 null_slot=config.max_slots,
                 vocab_size=config.arch.vocab_size,
                 sampled=self._sampled(shape.rows, SAMPLED_IN_TURN),
+                replicas=self._split.replicas,
             )
             packed = jax.ShapeDtypeStruct((packed_size(shape),), np.int32)
             control = jax.ShapeDtypeStruct((turns.CONTROLS,), np.int32)

@@ -23,11 +23,12 @@ from backends.jax.updates import Call
 
 PAGES, ROWS, SECOND = 1, 0, 1
 AXES: dict[str, tuple[tuple[Any, ...], Any]] = {
-    "fresh": ((), (PAGES, ROWS, ROWS, ROWS, ROWS)),  # the last two are empty where there are replicas
+    "fresh": ((), (PAGES, *(ROWS,) * 4)),
     "forward": ((None, PAGES, ROWS, ROWS), (PAGES, ROWS, ROWS, ROWS, SECOND)),
     "take": ((ROWS, ROWS), ROWS),
     "score": ((None, ROWS, ROWS), ROWS),
     "sample": ((ROWS,) * 5, ROWS),
+    "turns": ((None, PAGES, *(ROWS,) * 4), (PAGES, *(ROWS,) * 4)),
     "open": ((ROWS,) * 4, ROWS),
     "open_bias": ((ROWS,) * 4, ROWS),
     "open_allowed": ((ROWS,) * 3, ROWS),

@@ -29,7 +29,7 @@ from backends.jax.weights import param_bytes
 from backends.jax.workspace import workspace_bytes
 from engine.errors import ConfigError, StepFailed, check, fail
 from engine.opened import Use, is_poisoned, row_uses
-from engine.plan_rules import check_buckets, check_plan
+from engine.plan_rules import check_buckets, check_plan, check_replicas
 from engine.runner import DeviceInfo, Placement, Progress, RunnerConfig
 from engine.specs.cache import CacheLayout
 from engine.step import I32, U32, Event, Logprobs, OpenedRows, RowError, Sampler, StepPlan, StepResult
@@ -90,9 +90,9 @@ class Step:
     failure: StepFailed | None = None
 
     @property
-    def num_steps(self) -> int:
-        """Turns: more than one with a single replica alone."""
-        return self.parts[0].num_steps
+    def turning(self) -> bool:
+        """Several turns of some replica: then all rows of all decode, and the program of turns takes them."""
+        return any(part.num_steps > 1 for part in self.parts)
 
     @property
     def late(self) -> bool:
@@ -113,7 +113,6 @@ class Runner:
 
     def configure(self, config: RunnerConfig, place: Placement) -> None:
         for name, value, only in (
-            ("max_num_steps with num_replicas > 1", config.max_num_steps if config.num_replicas > 1 else 1, 1),
             ("process_count", place.process_count, 1),
             ("tensor_size", place.tensor_size, 1),
         ):
@@ -184,14 +183,14 @@ class Runner:
     def submit(self, plans: Sequence[StepPlan]) -> Handle:
         programs = self._ready()
         check(len(self._steps) < self._config.max_in_flight, f"{len(self._steps)} steps are in flight already")
-        count = self._config.num_replicas
-        check(len(plans) == count, f"{len(plans)} plans for {count} replica{'s' * (count > 1)}")
+        check_replicas(plans, self._config)
         for plan in plans:
             check_plan(plan, self._config)
             check_buckets(plan, self._config)
-            same = plan.step_id == plans[0].step_id and plan.bucket == plans[0].bucket
-            check(same, "replicas differ in step_id or bucket")
-        parts = [self._describe_part(r, plan, self._table_calls(r, plan), programs) for r, plan in enumerate(plans)]
+        turning = any(plan.num_steps > 1 for plan in plans)
+        parts = [
+            self._describe_part(r, plan, self._table_calls(r, plan), programs, turning) for r, plan in enumerate(plans)
+        ]
         step = Step(Handle(plans[0].step_id), programs.packer(plans[0].bucket).shape.tokens, parts)
         self._steps.append(step)
         self._advance()
@@ -260,8 +259,10 @@ class Runner:
             self._uses[replica, slot] = row_uses(opened.sampling, i)
             self._poisoned[replica, slot] = is_poisoned(opened.sampling, i, self._config.arch.vocab_size)
 
-    def _describe_part(self, replica: int, plan: StepPlan, calls: list[Call], programs: ProgramSet) -> Part:
-        """A replica's part of the step, with everything copied out of the plan."""
+    def _describe_part(
+        self, replica: int, plan: StepPlan, calls: list[Call], programs: ProgramSet, turning: bool
+    ) -> Part:
+        """A replica's part of the step, with everything copied out of the plan. turning: see Step."""
         sampling_rows = np.flatnonzero(plan.num_logits).astype(np.int32)
         slots = plan.slots[sampling_rows]
         uses = Use.NONE
@@ -270,8 +271,7 @@ class Runner:
         if plan.num_logprobs >= 0:
             uses |= Use.LOGPROBS
         # a step of several turns has the sampler in its program
-        single = plan.num_steps == 1
-        greedy = single and plan.sampler is Sampler.GREEDY and not plan.late_mask and plan.num_logprobs < 0
+        greedy = not turning and plan.sampler is Sampler.GREEDY and not plan.late_mask and plan.num_logprobs < 0
         packer = programs.packer(plan.bucket)
         riding = []
         for group in range(len(programs.layout.groups)):
@@ -327,9 +327,11 @@ class Runner:
         for name, arrays in merge_calls([part.calls for part in step.parts], self._config.max_slots):
             programs.update(state, name, arrays)
         packed = together([part.packed for part in step.parts])
-        if step.num_steps > 1:
-            control = np.array([step.num_steps, step.parts[0].uses], np.int32)
-            step.sampled = programs.turns(state, step.tokens, packed, control)
+        if step.turning:
+            uses = int(np.bitwise_or.reduce([int(part.uses) for part in step.parts]))
+            most_rows = max(part.num_rows for part in step.parts)
+            control = [(part.num_steps, uses, most_rows) for part in step.parts]
+            step.sampled = programs.turns(state, step.tokens, packed, np.array(control, np.int32).reshape(-1))
             self._fetch_early(step.sampled[0])
             return
         step.logits, hidden, step.flags = programs.forward(state, step.tokens, packed)
@@ -342,7 +344,7 @@ class Runner:
     def _finish(self, step: Step) -> None:
         """The sampling program, unless the forward program has sampled or no row samples."""
         drawn = [part for part in step.parts if part.is_drawn]
-        if drawn and step.num_steps == 1:
+        if drawn and not step.turning:
             none = np.zeros(0, np.int32)
             rows = [(part.slots, part.mask) if part.is_drawn else (none, None) for part in step.parts]
             uses = Use(int(np.bitwise_or.reduce([int(part.uses) for part in drawn])))
@@ -370,8 +372,8 @@ class Runner:
 
     def _results(self, step: Step) -> list[StepResult]:
         """Waits for the device. Raises what the device raised."""
-        if step.num_steps > 1:
-            return [result_of_turns(step, self._config.max_num_steps)]
+        if step.turning:
+            return self._results_of_turns(step)
         sampled = step.sampled
         if sampled is not None and all(part.num_logprobs < 0 for part in step.parts):
             sampled = sampled[:1]  # nobody reads the scores
@@ -383,6 +385,17 @@ class Runner:
             own = partial(part_of, replica=replica, replicas=count)
             drawn, scores = jax.tree_util.tree_map(own, fetched[1:])
             found.append(result_of(step.handle.step_id, part, flags, drawn if part.is_drawn else None, scores))
+        return found
+
+    def _results_of_turns(self, step: Step) -> list[StepResult]:
+        count = len(step.parts)
+        asked = any(part.num_logprobs >= 0 for part in step.parts)
+        fetched = jax.tree_util.tree_map(np.asarray, step.sampled if asked else step.sampled[:1])
+        found = []
+        for replica, part in enumerate(step.parts):
+            own = partial(part_of, replica=replica, replicas=count)
+            sampled, *scores = jax.tree_util.tree_map(own, fetched)
+            found.append(result_of_turns(step.handle.step_id, part, sampled, scores, self._config.max_num_steps))
         return found
 
 
@@ -411,11 +424,11 @@ def result_of(step_id: int, part: Part, flags: I32, sampled: Any, prompt_scores:
     )
 
 
-def result_of_turns(step: Step, most: int) -> StepResult:
-    """Of a step in which every row samples, several turns long; `most`: of any step. One replica."""
-    (part,), turns = step.parts, step.num_steps
-    count = part.num_rows
-    sampled = np.asarray(step.sampled[0])[:count]  # i32 [S, k + ENDS]
+def result_of_turns(step_id: int, part: Part, sampled: I32, scores: list[Any], most: int) -> StepResult:
+    """One replica's result of a step of several turns. sampled: i32 [S, k + ENDS]; scores: one entry, or none where
+    nobody asked; most: turns of any step, k."""
+    turns, count = part.num_steps, part.num_rows
+    sampled = sampled[:count]
     num_sampled, broken, bad = sampled[:, most:].T
     error = np.zeros(count, np.uint8)
     error[broken != 0] = RowError.NON_FINITE
@@ -423,13 +436,13 @@ def result_of_turns(step: Step, most: int) -> StepResult:
     error[part.poisoned] = RowError.BAD_TOKEN_ID
     logprobs = None
     if part.num_logprobs >= 0:
-        parts = [np.asarray(scores)[:count, :turns] for scores in step.sampled[1]]
-        parts = [scores.reshape(count * turns, *scores.shape[2:]) for scores in parts]
+        parts = [whole[:count, :turns] for whole in scores[0]]
+        parts = [whole.reshape(count * turns, *whole.shape[2:]) for whole in parts]
         taken = (np.arange(turns) < num_sampled[:, None]).reshape(-1)
         rows = np.flatnonzero(taken).astype(np.int32)
-        logprobs = scatter(tuple(scores[rows] for scores in parts), rows, count * turns, part.num_logprobs)
+        logprobs = scatter(tuple(whole[rows] for whole in parts), rows, count * turns, part.num_logprobs)
     return StepResult(
-        step_id=step.handle.step_id,
+        step_id=step_id,
         num_sampled=num_sampled.copy(),
         tokens=sampled[:, :turns].copy(),
         error=error,

@@ -14,7 +14,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import Mesh, PartitionSpec
 
+from backends.jax.split import AXIS
 from backends.jax.tables import IN_PROMPT, Rows, Tables, advance, remember
 from engine.opened import Use
 from pallas_kernels import dispatch
@@ -24,18 +26,30 @@ PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 SAMPLING_STREAM = 0
 
 
-def pick(
-    logits: Array, slots: Array, mask: Array, rows: Rows, tables: Tables, uses: Array, likely: str = "plain"
-) -> Array:
-    """Token ids i32 [B]. logits: f32 [B, V]; slots: i32 [B]; mask: u32 [B, W]; uses: i32 [] of Use bits; likely: who
-    drops unlikely ids, as dispatch.choose_likely says."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """What a sampling program is compiled for.
+
+    block: rows of one. num_top: log-probabilities of a row. likely: who drops unlikely ids, see dispatch.choose_likely.
+    ranks: devices that the vocabulary is split over. mesh: theirs, None where replicas have set it.
+    """
+
+    block: int
+    num_top: int
+    likely: str
+    ranks: int = 1
+    mesh: Mesh | None = None
+
+
+def pick(logits: Array, slots: Array, mask: Array, rows: Rows, tables: Tables, uses: Array, shape: Sampled) -> Array:
+    """Token ids i32 [B]. logits: f32 [B, V]; slots: i32 [B]; mask: u32 [B, W]; uses: i32 [] of Use bits."""
 
     def used(use: Use) -> Array:
         return uses & int(use) != 0
 
     def process(x: Array) -> Array:
-        x = lax.cond(used(Use.MASK), lambda x: allow(x, mask), lambda x: x, x)
-        x = lax.cond(used(Use.ALLOWED), lambda x: allow_listed(x, slots, tables), lambda x: x, x)
+        x = lax.cond(used(Use.MASK), lambda x: allow(x, mask, shape), lambda x: x, x)
+        x = lax.cond(used(Use.ALLOWED), lambda x: allow_listed(x, slots, tables, shape), lambda x: x, x)
         x = lax.cond(used(Use.BAD_WORDS), lambda x: ban_words(x, slots, tables), lambda x: x, x)
         x = lax.cond(used(Use.MIN_TOKENS), lambda x: ban_stops(x, slots, rows, tables), lambda x: x, x)
         x = lax.cond(used(Use.BIAS), lambda x: add_bias(x, slots, tables), lambda x: x, x)
@@ -43,9 +57,9 @@ def pick(
 
     def drop_unlikely(x: Array) -> Array:
         limits = tables.min_p[slots], tables.top_k[slots], tables.top_p[slots]
-        if likely != "plain":
+        if shape.likely != "plain":
             any_use = used(Use.MIN_P | Use.TOP_K | Use.TOP_P)
-            return lax.cond(any_use, lambda x: dispatch.keep_likely(x, *limits, likely), lambda x: x, x)
+            return lax.cond(any_use, lambda x: dispatch.keep_likely(x, *limits, shape.likely), lambda x: x, x)
         x = lax.cond(used(Use.MIN_P), lambda x: keep_likely(x, limits[0]), lambda x: x, x)
         x = lax.cond(used(Use.TOP_K), lambda x: keep_top_k(x, limits[1]), lambda x: x, x)
         return lax.cond(used(Use.TOP_P), lambda x: keep_top_p(x, limits[2]), lambda x: x, x)
@@ -94,14 +108,40 @@ def likeliest_in_one_pass(x: Array) -> tuple[Array, Array]:
     return jnp.where((fault == 2) | (first == x.shape[1]), 0, first), fault > 0
 
 
-def allow(x: Array, mask: Array) -> Array:
+def allow(x: Array, mask: Array, shape: Sampled) -> Array:
     """Drop ids whose bit is not set. x: f32 [B, V]; mask: u32 [B, W]."""
-    bits = (mask[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & jnp.uint32(1)
-    return jnp.where(bits.reshape(mask.shape[0], -1)[:, : x.shape[1]] == 1, x, -jnp.inf)
+    if shape.ranks == 1:
+        bits = bits_of(mask)
+    else:
+        # each rank the bits of its ids: left to XLA, all of them move where W is not divided by the ranks
+        own = partial(own_bits, width=-(-x.shape[1] // shape.ranks), ranks=shape.ranks)
+        spec = PartitionSpec(None, AXIS)
+        bits = jax.shard_map(
+            own, mesh=shape.mesh, in_specs=PartitionSpec(), out_specs=spec, axis_names={AXIS}, check_vma=False
+        )(mask)
+    return jnp.where(bits[:, : x.shape[1]] == 1, x, -jnp.inf)
 
 
-def allow_listed(x: Array, slots: Array, tables: Tables) -> Array:
-    listed = allow(x, tables.allowed[slots])
+def bits_of(words: Array) -> Array:
+    """u32 [B, n] -> [B, 32 n] of 0 and 1, the lowest bit of a word first."""
+    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & jnp.uint32(1)
+    return bits.reshape(words.shape[0], -1)
+
+
+def own_bits(words: Array, *, width: int, ranks: int) -> Array:
+    """This rank's `width` of bits_of(words), which may begin within a word. -> u32 [B, width]."""
+    first = lax.axis_index(AXIS) * width
+    count = -(-width // 32)
+    words = jnp.pad(words, ((0, 0), (0, width * ranks // 32 + 2 + count - words.shape[1])))  # the last rank's ids
+    words = lax.dynamic_slice_in_dim(words, first // 32, count + 1, 1)
+    shift = (first % 32).astype(jnp.uint32)
+    # by 1 and by 31 - shift: a shift by 32 is nobody's
+    words = (words[:, :-1] >> shift) | ((words[:, 1:] << 1) << (31 - shift))
+    return bits_of(words)[:, :width]
+
+
+def allow_listed(x: Array, slots: Array, tables: Tables, shape: Sampled) -> Array:
+    listed = allow(x, tables.allowed[slots], shape)
     return jnp.where(tables.has_allowed[slots][:, None] != 0, listed, x)
 
 
@@ -265,15 +305,6 @@ def score(logits: Array, targets: Array, num_top: int) -> tuple[Array, Array, Ar
     return (chosen - norm)[:, 0], rank, ids.astype(jnp.int32), top - norm
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampled:
-    """What a sampling program is compiled for: rows of a block, log-probabilities of a row, who drops unlikely ids."""
-
-    block: int
-    num_top: int
-    likely: str
-
-
 def sampling(
     logits: Array,
     rows: Rows,
@@ -301,7 +332,7 @@ def sampling(
             rows,
             tables,
             uses,
-            shape.likely,
+            shape,
         )
         empty = empty_scores(block, num_top)
         scores = lax.cond(uses & int(Use.LOGPROBS) != 0, lambda: score(part, ids, num_top), lambda: empty)

@@ -124,7 +124,7 @@ class ReplicaLoop(Loop):
         self.replicas = replicas
 
     def _submit(self) -> bool:
-        plans: Plans = tuple(scheduler.schedule() for scheduler in self.replicas.schedulers)
+        plans = self._plans()
         if all(plan is None for plan in plans):
             return False
         for scheduler, plan in zip(self.replicas.schedulers, plans, strict=True):
@@ -141,6 +141,14 @@ class ReplicaLoop(Loop):
             return False
         self._open.append((plans, handle))
         return True
+
+    def _plans(self) -> Plans:
+        """A step has several turns where all replicas can take them: they are one program."""
+        chosen = [scheduler.choose() for scheduler in self.replicas.schedulers]
+        several = all(one.several for one in chosen)
+        return tuple(
+            scheduler.plan(one, several) for scheduler, one in zip(self.replicas.schedulers, chosen, strict=True)
+        )
 
     def _collect(self) -> None:
         plans, handle = self._open.popleft()

@@ -32,6 +32,15 @@ class ChosenRows:
     num_steps: int = 1  # turns; several only where all rows are steady
 
 
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What Scheduler.choose hands to Scheduler.plan."""
+
+    rows: ChosenRows
+    score_budget: int  # prompt log-probabilities that are left for rows that begin
+    several: bool  # the step can have several turns
+
+
 def tokens_to_compute(length: I32, computed: I32, max_total: I32) -> I32:
     """Tokens a row could compute now, [R]. A row that will end by length once its steps are collected gets none."""
     want = length - computed

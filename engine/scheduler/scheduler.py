@@ -16,7 +16,16 @@ import numpy as np
 
 from engine.errors import StepFailed, check
 from engine.request import Request
-from engine.scheduler.budget import ChosenRows, add_rows, choose_running, drop_rows, join_rows, no_rows, other_rows
+from engine.scheduler.budget import (
+    Chosen,
+    ChosenRows,
+    add_rows,
+    choose_running,
+    drop_rows,
+    join_rows,
+    no_rows,
+    other_rows,
+)
 from engine.scheduler.builder import PlanBuilder
 from engine.scheduler.config import SchedulerConfig
 from engine.scheduler.plan import InFlight
@@ -82,9 +91,13 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step's plan; None when no row can do anything before a step in flight is collected."""
+        chosen = self.choose()
+        return self.plan(chosen, chosen.several)
+
+    def choose(self) -> Chosen:
+        """The running rows of the next step; `plan` follows."""
         check(len(self.in_flight) < self.config.max_in_flight, f"{len(self.in_flight)} steps are in flight already")
         state = self.state
-        preempted = state.counters.preemptions
         score_budget = self.config.max_prompt_logprob_tokens
         rows = self._builder.steady_rows()
         slots = self._builder.other_slots()
@@ -92,12 +105,22 @@ class Scheduler:
             budget = self.config.max_num_batched_tokens - len(rows.slots)
             others, score_budget = choose_running(state.table, slots, budget)
             rows = join_rows(rows, others)
-        several = self._builder.turns.take(self._builder.steady, rows, self.in_flight)
-        rows = self._with_pages(rows) if several is None else several
+        return Chosen(rows, score_budget, self._builder.turns.possible(rows))
+
+    def plan(self, chosen: Chosen, several: bool) -> StepPlan | None:
+        """What `schedule` says. several: the step may have several turns, for which `chosen` must say so too."""
+        rows, state = chosen.rows, self.state
+        preempted = state.counters.preemptions
+        turned = None
+        if several:
+            turned = self._builder.turns.take(self._builder.steady, rows, self.in_flight)
+        else:
+            self._builder.turns.begin_again()
+        rows = self._with_pages(rows) if turned is None else turned
         opened: list[tuple[int, int]] = []
         # a step that had to preempt begins nobody: what it freed belongs to the rows that lacked it
         if len(state.waiting) and state.table.num_free_slots and preempted == state.counters.preemptions:
-            rows, opened = self._admit(rows, score_budget)
+            rows, opened = self._admit(rows, chosen.score_budget)
         if not len(rows.slots):
             return None
         flight = self._builder.build(rows, opened)

@@ -2,7 +2,7 @@
 
 A request that arrives waits for what was submitted before it, and a stream's tokens come as many at a time as its step
 had turns. So a step takes one turn whenever anything waits, begins or is prefilled, and twice as many as the one before
-otherwise. A plan builder owns one; the scheduler asks.
+otherwise. Data replicas take several turns together or none does. A plan builder owns one; the scheduler asks.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ class Turns:
         self._most = state.config.max_num_steps
         self._next = 1
 
+    def possible(self, rows: ChosenRows) -> bool:
+        """Nothing waits and all of `rows` decode, or there are none."""
+        count, state = len(rows.slots), self._state
+        return self._most > 1 and not len(state.waiting) and rows.num_steady == count <= state.config.max_turn_rows
+
     def take(self, steady: SteadyRows, rows: ChosenRows, in_flight: Iterable[InFlight]) -> ChosenRows | None:
         """`rows` with several turns each and the pages for them; None where the step is to be one of one turn.
 
-        rows: what `steady` gives for the next step, perhaps others behind.
+        rows: what `steady` gives for the next step, `possible`.
         """
-        if self._most == 1:
-            return None
         num_steps = self._choose(rows)
         if num_steps == 1:
             return None
@@ -40,11 +43,14 @@ class Turns:
         kv.trim(rows.slots, self.positions(rows, in_flight))
         return steady.further(rows, ends, num_steps) if kv.grow(rows.slots, ends) else None
 
+    def begin_again(self) -> None:
+        """This step has one turn, and the next of several begins with the fewest."""
+        self._next = 1
+
     def _choose(self, rows: ChosenRows) -> int:
         state = self._state
-        count = len(rows.slots)
-        if len(state.waiting) or not 0 < count <= state.config.max_turn_rows or rows.num_steady < count:
-            self._next = 1
+        if not len(rows.slots):
+            self.begin_again()
             return 1
         chosen, self._next = self._next, min(2 * self._next, self._most)
         left = state.table.max_total[rows.slots] - 1 - rows.computed

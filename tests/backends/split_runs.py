@@ -29,6 +29,7 @@ from tests.backends.driver import Driver, llama
 SAMPLINGS = (
     {"num_logprobs": 2},
     {"temperature": 1.0, "seed": 5, "top_p": 0.9, "top_k": 50, "num_logprobs": 3, "repetition": 1.2, "bias": {3: 1.0}},
+    {"temperature": 1.0, "seed": 6, "allowed": [*range(3, 90), 150, 174, 175, 198]},  # of 8 ranks each has some
 )
 
 

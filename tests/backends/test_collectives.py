@@ -9,12 +9,7 @@ import pytest
 from bench.collectives import Collective, collectives
 from bench.split import ROWS, SLICES, SPLIT_TOKENS, TOKENS, in_process, least, totals
 
-MOVES_MASKS = ("tpu7x:2x2x1", 8, 1)
-XFAIL = pytest.mark.xfail(strict=True, reason="unpacked masks are split by rows there: 4.7 MB move, docs/tpu.md")
-CASES = [
-    SLICES[0],
-    *(pytest.param(*s, marks=[pytest.mark.slow, *[XFAIL] * (s == MOVES_MASKS)]) for s in SLICES[1:]),
-]
+CASES = [SLICES[0], *(pytest.param(*s, marks=pytest.mark.slow) for s in SLICES[1:])]
 TABLE_BYTES = 1 << 18
 """Most that one collective of the sampler moves: a vocabulary's worth of 64 rows is 39 MB."""
 

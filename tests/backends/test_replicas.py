@@ -30,12 +30,13 @@ def test_the_same_over_replicas(kv_dtype: str, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     flags = "--device cpu --dtype float32 --max-num-seqs 4 --max-num-batched-tokens 64 --max-model-len 128 "
     flags += f"--num-gpu-blocks-override {PAGES} --block-size 16 --data-parallel-size 2 --tensor-parallel-size 2 "
-    flags += f"--kv-cache-dtype {kv_dtype}"
-    cases = ["1x1", "4x1", "2x2", "2x4"] if kv_dtype == "auto" else ["1x1", "4x1", "2x2"]
+    flags += f"--num-scheduler-steps 8 --kv-cache-dtype {kv_dtype}"
+    plain = kv_dtype == "auto"
+    cases = ["1x1", "4x1", "2x2", "2x4", "1x1x8", "4x1x8", "2x4x8"] if plain else ["1x1", "4x1", "2x2", "1x1x8"]
     pages = f"/{kv_dtype}"
     for command in (
         ["twinfer", "compile", str(model), "-o", str(bundle), *flags.split()],
-        ["tests.backends.replica_runs", str(model), *(case + pages for case in cases), f"2x2{pages}:{bundle}"],
+        ["tests.backends.replica_runs", str(model), *(case + pages for case in cases), f"2x2x8{pages}:{bundle}"],
     ):
         done = subprocess.run(
             [sys.executable, "-m", *command], cwd=ROOT, env={**os.environ, **told}, capture_output=True, text=True,
@@ -43,15 +44,17 @@ def test_the_same_over_replicas(kv_dtype: str, tmp_path: Path) -> None:
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    alone = found.pop("1x1" + pages)
+    alone, turned = found.pop("1x1" + pages), found["1x1x8" + pages]
     assert len(alone["tokens"]) == 24 and len(alone["logprobs"]) == len(alone["prompt"]) == 6
     for size, answers in found.items():
         assert answers["tokens"] == alone["tokens"], size
         for kind in ("logprobs", "prompt"):
             for scores, wanted in zip(answers[kind], alone[kind], strict=True):
                 # a sum in another order may move a rounded key or value to its neighbour
-                np.testing.assert_allclose(scores, wanted, atol=2e-4 if kv_dtype == "auto" else 5e-3)
-        assert answers["num_compiles"] == (0 if ":" in size else alone["num_compiles"])
+                np.testing.assert_allclose(scores, wanted, atol=2e-4 if plain else 5e-3)
+        one = turned if "x8" in size else alone
+        assert answers["num_compiles"] == (0 if ":" in size else one["num_compiles"])
+        assert answers["several"] if "x8" in size else not answers["several"]
         assert answers["num_pages"] == alone["num_pages"] * int(size[0])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from engine.core.replicas import HEAD_TOKENS
 from engine.errors import StepFailed
 from engine.params import SamplingParams
 from engine.request import FinishReason
+from engine.step import StepPlan
 from tests.engine.scheduler.harness import Core, Sizes, alone, prompt_of
 
 THREE = Sizes(num_replicas=3)
@@ -21,16 +24,31 @@ def sampled(i: int) -> SamplingParams:
 
 @pytest.mark.parametrize("max_in_flight", [1, 2])
 @pytest.mark.parametrize("pages", [65, 20])
-def test_answers_are_those_of_a_request_alone(max_in_flight: int, pages: int) -> None:
-    """With few pages rows are preempted in their replicas."""
-    core = Core(Sizes(num_replicas=3, max_in_flight=max_in_flight, num_pages=(pages,)))
+@pytest.mark.parametrize("turns", [1, 8])
+def test_answers_are_those_of_a_request_alone(
+    max_in_flight: int, pages: int, turns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With few pages rows are preempted in their replicas. The fake refuses turns beside what is no decode step."""
+    extra: dict[str, object] = {"max_num_steps": turns}
+    core = Core(Sizes(num_replicas=3, max_in_flight=max_in_flight, num_pages=(pages,), extra=extra))
     wanted = {}
+    seen: list[Sequence[StepPlan]] = []
+    submit = core.loop.executor.submit
+
+    def watched(plans: Sequence[StepPlan]) -> object:
+        seen.append(plans)
+        return submit(plans)
+
+    monkeypatch.setattr(core.loop.executor, "submit", watched)
     for i in range(40):
         prompt = prompt_of(1 + 7 * i % 90, seed=i)
         wanted[core.add(prompt, sampled(i))] = alone(prompt, sampled(i))
         if i % 8 == 0:
             core.step()
-    core.run()
+    while core.loop.has_work:
+        core.step()
+        core.loop.replicas.check_integrity()  # type: ignore[attr-defined]
+    assert any(plan.num_steps > 1 for plans in seen for plan in plans) == (turns > 1)
     for key, answer in wanted.items():
         found = core.answers[key]
         assert (found.tokens, found.finish) == (answer.tokens, answer.finish)
