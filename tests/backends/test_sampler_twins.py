@@ -181,7 +181,7 @@ def sample_jax(seqs: Sequence[Seq], logits: np.ndarray, masks: Masks) -> list[in
     import jax.numpy as jnp
 
     from backends.jax import tables as device
-    from backends.jax.sample import pick
+    from backends.jax.sample import Sampled, pick
     from backends.jax.updates import open_calls
     from engine.opened import Use, row_uses
 
@@ -198,7 +198,10 @@ def sample_jax(seqs: Sequence[Seq], logits: np.ndarray, masks: Masks) -> list[in
     bits = np.zeros((len(seqs), -(-V // 32) * 32), np.uint8)
     bits[:, :V] = mask_of(masks)
     packed = np.packbits(bits, axis=1, bitorder="little").view("<u4")
-    ids = jax.jit(pick)(jnp.asarray(logits), jnp.asarray(opened.slots), packed, rows, tables, jnp.int32(int(uses)))
+    picked = jax.jit(pick, static_argnames="shape")
+    shape = Sampled(block=len(seqs), num_top=0, likely="plain")
+    where = jnp.asarray(opened.slots)
+    ids = picked(jnp.asarray(logits), where, packed, rows, tables, jnp.int32(int(uses)), shape=shape)
     return np.asarray(ids).tolist()
 
 
