@@ -117,7 +117,8 @@ def test_the_sampler_with_the_kernel(used: Use) -> None:
     logits = jnp.asarray(3 * rng.normal(size=(slots, vocab)), jnp.float32)
     order = jnp.asarray([*rng.permutation(slots)[:-1], slots], jnp.int32)
     given = logits, order, jnp.zeros((slots, vocab // 32), jnp.uint32), rows, tables, jnp.int32(used | Use.RANDOM)
-    found, wanted = (jax.jit(partial(sample.pick, likely=likely))(*given) for likely in ("tpu_interpreted", "plain"))
+    shapes = (sample.Sampled(block=slots, num_top=0, likely=likely) for likely in ("tpu_interpreted", "plain"))
+    found, wanted = (jax.jit(partial(sample.pick, shape=shape))(*given) for shape in shapes)
     assert found[:-1].tolist() == wanted[:-1].tolist()  # the last row is padding
 
 
