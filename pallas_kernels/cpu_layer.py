@@ -35,11 +35,27 @@ PARTS = (
     "down_bias",
     "post_ffn_norm",
 )
+WEIGHTS = ("qkv", "o", "gate_up", "down")
+SCALES = tuple(f"{name}_scale" for name in WEIGHTS)  # as csrc/cpu_layer.h: whether inputs are rounded is told apart
+FIXED = tuple(f"{name}_act_scale" for name in WEIGHTS)
+ROUNDED = "_int8"
 
 
 def available(tokens: int, head_size: int, dtype: str) -> bool:
     """Whether the library is there and takes so many tokens and heads of this size."""
     return tokens <= MAX_TOKENS and dtype in ("float32", "bfloat16") and cpu_attention.available(head_size)
+
+
+def unknown(parts: Mapping[str, Array]) -> list[str]:
+    """Names that a layer of one call has no place for: weights are plain, or codes whose inputs stay or become int8."""
+    return sorted(set(parts) - {*PARTS, *SCALES, *FIXED, *(name + ROUNDED for name in WEIGHTS)})
+
+
+def by_slot(parts: Mapping[str, Array]) -> tuple[dict[str, Array], int]:
+    """The parts under the names of PARTS, SCALES and FIXED, and a bit for each of WEIGHTS whose inputs are rounded."""
+    rounded = sum(1 << index for index, name in enumerate(WEIGHTS) if name + ROUNDED in parts)
+    slots = {name.removesuffix(ROUNDED) + "_scale" if name.endswith(ROUNDED) else name: parts[name] for name in parts}
+    return slots, rounded
 
 
 def scratch_floats(tokens: int, width: int, all_heads: int, heads: int, head_size: int, ffn: int) -> int:
@@ -71,18 +87,22 @@ def decoder_layer(
     window: int | None,
     logit_cap: float | None,
 ) -> tuple[Array, Array]:
-    """x: [T, D]; parts: PARTS of x's dtype, those that the layer has; cos, sin: f32 [T, R / 2] -> ([T, D], cache)."""
+    """x: [T, D]; cos, sin: f32 [T, R / 2] -> ([T, D], cache).
+
+    parts: those of PARTS that the layer has, of x's dtype; a weight may be int8, its SCALES (or names with ROUNDED) beside it.
+    """
     tokens, width = x.shape
     kv_heads, head_size, ffn = cache.shape[3], cache.shape[5], parts["down"].shape[1]
-    unknown = set(parts) - set(PARTS)
-    if unknown:
-        raise ValueError(f"a decoder layer has no {sorted(unknown)}; it has {PARTS}")
+    if unknown(parts):
+        raise ValueError(f"a decoder layer has no {unknown(parts)}; it has {PARTS} and scales of {WEIGHTS}")
     if tokens > MAX_TOKENS or parts["qkv"].shape != ((num_heads + 2 * kv_heads) * head_size, width):
         raise ValueError(f"x {x.shape}, qkv {parts['qkv'].shape} and cache {cache.shape} do not belong together")
     if cos is None or sin is None:
         cos = sin = jnp.zeros((tokens, 0), jnp.float32)  # no dims turn
-    given = [name for name in PARTS if name in parts]
-    present = sum(1 << PARTS.index(name) for name in given)
+    slots, rounded = by_slot(parts)
+    order = (*PARTS, *SCALES, *FIXED)
+    given = [name for name in order if name in slots]
+    present = sum(1 << order.index(name) for name in given)
     scratch = scratch_floats(tokens, width, num_heads + 2 * kv_heads, num_heads, head_size, ffn)
     call = jax.ffi.ffi_call(
         TARGET,
@@ -105,11 +125,12 @@ def decoder_layer(
         num_rows.reshape(1),
         write_page,
         write_offset,
-        *(parts[name] for name in given),
+        *(slots[name] for name in given),
         present=np.int64(present),
         layer=np.int64(layer_index),
         heads=np.int64(num_heads),
         ffn=np.int64(ffn),
+        rounded=np.int64(rounded),
         window=np.int64(window or 0),
         activation=np.int64(ACTIVATIONS.index(activation)),
         scale=np.float32(scale),

@@ -19,8 +19,8 @@ DTYPES = ("float32", "bfloat16")
 
 
 def available(x: Array, weight: Array) -> bool:
-    """Whether the library is there and the better choice. x: [M, K]; weight: [N, K]."""
-    few = x.shape[0] <= MAX_ROWS and x.dtype.name in DTYPES and weight.dtype.name in DTYPES
+    """Whether the library is there and the better choice. x: [M, K]; weight: [N, K], int8 too."""
+    few = x.shape[0] <= MAX_ROWS and x.dtype.name in DTYPES and weight.dtype.name in (*DTYPES, "int8")
     return few and library() is not None
 
 

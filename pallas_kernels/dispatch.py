@@ -114,16 +114,40 @@ def nibble_linear(x: Array, weight: tpu_stacked.StackedNibbles, dtype: jnp.dtype
 def quant_linear_f32(x: Array, weight: quant_linear.QuantWeight, axis: str | None) -> Array:
     """axis: the mesh axis over which x and weight are split."""
     if not weight.rounded:
-        wide = weight.data.astype(x.dtype)  # a TPU does so on the way to its matrix unit
-        return linear_f32(x, wide) * weight.scale
+        return widened_linear_f32(x, weight.data) * weight.scale
     if weight.rounded == "blocks":
         if axis is not None and x.shape[1] % quant_linear.BLOCK:
             raise ValueError(f"{x.shape[1]} inputs of a rank are no whole blocks of {quant_linear.BLOCK}")
         return linear_f32(quant_linear.round_blocks(x).astype(weight.data.dtype), weight.data) * weight.scale
     codes, scale = quant_linear.round_inputs(x, weight, axis)
-    if weight.data.dtype in (jnp.int8, jnp.float8_e4m3fn):
+    if weight.data.dtype == jnp.int8:
+        here = partial(cpu_code_product, dtype=x.dtype)
+        product = lax.platform_dependent(codes, weight.data, cpu=here, default=quant_linear.product)
+        return product * scale * weight.scale
+    if weight.data.dtype == jnp.float8_e4m3fn:
         return quant_linear.product(codes, weight.data) * scale * weight.scale
     return linear_f32(codes.astype(weight.data.dtype), weight.data) * scale * weight.scale
+
+
+def keeps_codes(platform: str, scheme: str) -> bool:
+    """Whether weights of "int8" or "fp8" stay codes of 8 bits in memory: where a product reads them so."""
+    return platform == "tpu" or (platform == "cpu" and scheme == "int8" and library() is not None)
+
+
+def widened_linear_f32(x: Array, data: Array) -> Array:
+    """x @ data.T, f32 [M, N]. x: [M, K]; data: codes [N, K], turned into x's type on the way to the product."""
+
+    def wide(x: Array, data: Array) -> Array:
+        return linear_f32(x, data.astype(x.dtype))
+
+    if data.dtype == jnp.int8 and cpu_linear.available(x, data):
+        return lax.platform_dependent(x, data, cpu=cpu_linear.linear, default=wide)
+    return wide(x, data)
+
+
+def cpu_code_product(codes: Array, data: Array, dtype: jnp.dtype) -> Array:
+    """codes @ data.T, f32 [M, N], multiplied as `dtype`, which holds them. codes: f32 [M, K]; data: int8 [N, K]."""
+    return widened_linear_f32(codes.astype(dtype), data)
 
 
 def take_split_rows(table: Array, index: Array) -> Array:
@@ -272,6 +296,11 @@ def turned_attention(
 def has_whole_layers(kernel: str, tokens: int, head_size: int, dtype: str) -> bool:
     """Whether decoder_layer takes steps of so many tokens. kernel: as choose_kernel said; dtype: of activations."""
     return kernel == "cpu" and cpu_layer.available(tokens, head_size, dtype)
+
+
+def takes_parts(parts: Mapping[str, Array]) -> bool:
+    """Whether decoder_layer takes a layer of such parts: not those whose inputs are rounded to e4m3."""
+    return not cpu_layer.unknown(parts)
 
 
 def cache_shape(

@@ -15,7 +15,7 @@ from jax_models.decoder import Decoder
 from jax_models.fused import FusedDecoder
 from jax_models.scanned import ScannedDecoder
 from jax_models.turned import HEAD_NORMS, TurnedDecoder
-from pallas_kernels.dispatch import has_whole_layers, turns_heads
+from pallas_kernels.dispatch import has_whole_layers, takes_parts, turns_heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def make_decoder(params: dict[str, Any], traits: Traits, tokens: int) -> Decoder
     dtype = params["embed"].dtype.name
     whole = (
         traits.ranks == 1
-        and arch.quant is None
+        and all(map(takes_parts, params["layers"]))
         and all(
             has_whole_layers(kernel, tokens, group.spec.head_size, dtype)
             for kernel, group in zip(traits.kernels, traits.layout.groups, strict=True)

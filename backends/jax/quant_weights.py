@@ -3,7 +3,7 @@
 A weight "qkv" that is kept as codes has its scales beside it, and their name says what its inputs are rounded to:
 "qkv_int8", "qkv_e4m3", "qkv_blocks" (e4m3, a scale for 128), or "qkv_scale": not at all; "qkv_act_scale" is the fixed
 scale of the inputs. Of 4 bits "qkv" is packed as the TPU's kernel takes it, "qkv_w4" the scales of groups of 128 and
-"qkv_w4_zeros" their zeros. On a TPU codes stay int8, e4m3 and 4 bits. Elsewhere they are kept in the activations' type,
+"qkv_w4_zeros" their zeros. On a TPU codes stay int8, e4m3 and 4 bits, on a CPU int8. Others are kept in the activations' type,
 which holds them exactly, and blocks and weights of 4 bits are turned back when they are loaded. Called by weights.py.
 Letters: O out · I in · G groups of inputs.
 """
@@ -22,6 +22,7 @@ from engine.errors import ConfigError, check
 from engine.specs.arch import ArchSpec
 from engine.specs.quant import BLOCK, NIBBLES, WeightQuant
 from engine.specs.weights import ParamSpec, RawTensor, from_float32, param_table, to_float32
+from pallas_kernels.dispatch import keeps_codes
 from pallas_kernels.tpu_stacked import packed
 
 AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # nibble that holds column 0, 1, .. 7 of eight
@@ -83,7 +84,7 @@ def kept_params(arch: ArchSpec, platform: str) -> Iterator[tuple[ParamSpec, np.d
             yield from nibble_params(plain, form)
             continue
         rows = replace(plain, shape=plain.shape[:1], axes=plain.axes[:1], sources=(), dtype="float32")
-        yield plain, CODES[form.scheme] if platform == "tpu" else None
+        yield plain, CODES[form.scheme] if keeps_codes(platform, form.scheme) else None
         yield replace(rows, name=plain.name + form.suffix), np.dtype(np.float32)
         if form.fixed:
             name = plain.name + "_act_scale"
@@ -106,6 +107,14 @@ def nibble_params(plain: ParamSpec, form: Form) -> Iterator[tuple[ParamSpec, np.
         name = plain.name + suffix
         table = replace(plain, name=name, shape=shape, axes=axes, spans=spans, units=units, sources=())
         yield table, np.dtype(np.float32)
+
+
+def any_widened(arch: ArchSpec, platform: str) -> bool:
+    """Whether a weight in few bits takes the memory of a plain one here."""
+    quants = [param.quant for param in param_table(arch) if param.quant is not None]
+    if platform == "tpu":
+        return False
+    return any(q.scheme == "w4" or q.per == "block" or not keeps_codes(platform, q.scheme) for q in quants)
 
 
 def check_alike(arch: ArchSpec, platform: str) -> None:
@@ -159,7 +168,7 @@ class QuantLoad:
             arrays = {param.weight: turned.astype(self._wide)}
             return arrays if form is None else arrays | {param.weight + form.suffix: ones}
         codes, scale = round_to_e4m3(fields[""]) if quant.at_load else plain_codes(quant, fields)
-        kept = codes if self._platform == "tpu" else codes.astype(self._wide)
+        kept = codes if keeps_codes(self._platform, quant.scheme) else codes.astype(self._wide)
         arrays = {param.weight: kept, param.weight + form.suffix: scale}
         if form.fixed:
             arrays[param.weight + "_act_scale"] = to_float32(fields["act_scale"]).reshape(1)

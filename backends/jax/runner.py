@@ -22,7 +22,7 @@ from backends.jax import compile_cache, mesh
 from backends.jax.aot import Bundle
 from backends.jax.load import load_weights
 from backends.jax.programs import DeviceState, ProgramSet
-from backends.jax.quant_weights import check_alike
+from backends.jax.quant_weights import any_widened, check_alike
 from backends.jax.replicas import merge_calls, part_of, together
 from backends.jax.updates import Call, copy_calls, open_calls, page_calls
 from backends.jax.weights import param_bytes
@@ -128,7 +128,7 @@ class Runner:
         self._target = mesh.local(config.device)
         self._split = self._target.split(config.tensor_size, config.num_replicas)
         check_alike(config.arch, self._split.platform)
-        if config.arch.quant is not None and self._split.platform != "tpu":
+        if any_widened(config.arch, self._split.platform):
             log.warning("quantization: weights are kept in the activations' type, as large as plain ones")
         mesh.keep_float32_exact(self._split.device, config.dtype)
         self._bundle = Bundle.open(Path(config.executables), config, self._split) if config.executables else None

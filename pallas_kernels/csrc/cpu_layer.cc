@@ -109,7 +109,7 @@ ffi::Error layer(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::F32> c
                  ffi::Buffer<ffi::S32> write_page, ffi::Buffer<ffi::S32> write_offset, ffi::RemainingArgs parts,
                  ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> cache_out,
                  ffi::Result<ffi::Buffer<ffi::F32>> scratch, int64_t present, int64_t layer_index, int64_t heads,
-                 int64_t ffn, int64_t window, int64_t activation, float scale, float logit_cap, float eps,
+                 int64_t ffn, int64_t rounded, int64_t window, int64_t activation, float scale, float logit_cap, float eps,
                  float offset) {
   auto dims = x.dimensions(), pages = cache.dimensions();
   if (dims.size() != 2 || pages.size() != 6) return ffi::Error::InvalidArgument("x must be [T, D], cache rank 6");
@@ -132,9 +132,19 @@ ffi::Error layer(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::F32> c
   for (int part = 0; part < kParts; ++part) {
     if (!(present >> part & 1)) continue;
     auto buffer = parts.get<ffi::AnyBuffer>(given++);
-    if (!buffer.has_value() || buffer->element_type() != x.element_type())
-      return ffi::Error::InvalidArgument("parts must be of x's type, as many as are present");
+    if (!buffer.has_value()) return ffi::Error::InvalidArgument("parts must be as many as are present");
+    ffi::DataType wanted = part >= kQkvScale ? ffi::DataType::F32 : x.element_type();
+    for (int weight = 0; weight < kWeights; ++weight)
+      if (part == kWeightParts[weight] && buffer->element_type() == ffi::DataType::S8)
+        l.codes[weight] = true, wanted = ffi::DataType::S8;
+    if (buffer->element_type() != wanted)
+      return ffi::Error::InvalidArgument("parts must be of x's type, scales float32, weights int8 or of x's type");
     l.parts[part] = buffer->untyped_data();
+  }
+  for (int weight = 0; weight < kWeights; ++weight) {
+    l.rounded[weight] = rounded >> weight & 1;
+    if ((l.codes[weight] || l.rounded[weight]) && !l.parts[kQkvScale + weight])
+      return ffi::Error::InvalidArgument("a weight of codes without its scales");
   }
   l.sandwich = l.parts[kPostAttnNorm] != nullptr;
   l.cos = cos.typed_data(), l.sin = sin.typed_data();
@@ -202,6 +212,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(twinfer_cpu_layer, twinfer::layer,
                                   .Attr<int64_t>("layer")
                                   .Attr<int64_t>("heads")
                                   .Attr<int64_t>("ffn")
+                                  .Attr<int64_t>("rounded")
                                   .Attr<int64_t>("window")
                                   .Attr<int64_t>("activation")
                                   .Attr<float>("scale")

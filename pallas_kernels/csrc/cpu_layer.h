@@ -15,8 +15,15 @@ enum class Activation : int64_t { kSilu = 0, kGeluTanh = 1, kGelu = 2 };
 // Arrays of a layer, in the order in which they are handed over; a layer lacks some of them.
 enum Part {
   kAttnNorm, kQkv, kQkvBias, kQNorm, kKNorm, kO, kOBias, kPostAttnNorm,
-  kFfnNorm, kGateUp, kGateUpBias, kDown, kDownBias, kPostFfnNorm, kParts
+  kFfnNorm, kGateUp, kGateUpBias, kDown, kDownBias, kPostFfnNorm,
+  kQkvScale, kOScale, kGateUpScale, kDownScale,      // float32, a factor for each column of the product
+  kQkvFixed, kOFixed, kGateUpFixed, kDownFixed,      // float32, the fixed scale of a product's inputs
+  kParts
 };
+
+// A product's weight, and where its scales stand from kQkvScale and kQkvFixed on.
+enum Weight { kOfQkv, kOfO, kOfGateUp, kOfDown, kWeights };
+constexpr Part kWeightParts[kWeights] = {kQkv, kO, kGateUp, kDown};
 
 enum Stage {
   kProject,   // mid = qkv(norm(x)); pieces of its columns
@@ -41,6 +48,8 @@ struct Layer {
   const void* x;  // [T, D]
   void* out;      // [T, D]
   const void* parts[kParts];
+  bool codes[kWeights];    // the weight is int8; its column factors are there
+  bool rounded[kWeights];  // inputs are rounded to int8 first, by token or by their fixed scale
   const float* cos;  // [T, R / 2]
   const float* sin;
   const int32_t* write_page;    // [T]

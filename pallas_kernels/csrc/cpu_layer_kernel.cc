@@ -22,6 +22,7 @@ namespace {
 struct Own {
   std::vector<float> rows;    // [T, K]
   std::vector<char> packed;
+  float scale[kMaxTokens];  // of the packed rows' codes
   alignas(64) float tile[kMaxTokens][kTile];
   alignas(64) float tile2[kMaxTokens][kTile];
 };
@@ -54,21 +55,59 @@ char* room(Own& own, int64_t tokens, int64_t k) {
   return own.packed.data() + (64 - reinterpret_cast<uintptr_t>(own.packed.data()) % 64) % 64;
 }
 
-// norm(x), packed. x: [T, D].
-template <class T, class S>
-void pack_normed(const Layer& l, Own& own, const S* x, Part weight) {
-  if (int64_t(own.rows.size()) < l.tokens * l.width) own.rows.resize(l.tokens * l.width);
-  for (int64_t t = 0; t < l.tokens; ++t)
-    norm(x + t * l.width, static_cast<const T*>(l.parts[weight]), l.width, l.eps, l.offset, &own.rows[t * l.width]);
-  TWINFER_PRODUCT.pack(own.rows.data(), l.tokens, l.width, l.narrow, room(own, l.tokens, l.width));
+// What int8 leaves of a row, and the scale of its codes; what is not finite makes the scale NaN.
+float round_row(const float* from, int64_t size, const float* fixed, float* to) {
+  Vec most{}, odd{};  // odd: 0, or NaN once a number is not finite
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    const Vec x = load(from + i), magnitude = x < Vec{} ? -x : x;
+    most = magnitude > most ? magnitude : most;
+    odd += x * 0.0f;
+  }
+  float largest = 0, broken = sum(odd);
+  for (int lane = 0; lane < kLanes; ++lane) largest = std::max(largest, most[lane]);
+  for (; i < size; ++i) largest = std::max(largest, std::fabs(from[i])), broken += from[i] * 0.0f;
+  const float scale = (fixed ? *fixed : std::max(largest, 1e-12f) / 127.0f) + broken, low = fixed ? -128.0f : -127.0f;
+  for (i = 0; i < size; ++i) {
+    const float ratio = from[i] / scale, kept = ratio != ratio ? 0.0f : std::min(std::max(ratio, low), 127.0f);
+    to[i] = (kept + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: to the nearest, ties to even
+  }
+  return scale;
 }
 
-// Columns [first, last) of the packed rows times `weight`, plus its bias, rounded to T.
+// Rows of x [T, K] as the product with `weight` wants them.
+void pack_rows(const Layer& l, Own& own, const float* x, int64_t k, Weight weight) {
+  if (l.rounded[weight]) {
+    if (int64_t(own.rows.size()) < l.tokens * k) own.rows.resize(l.tokens * k);
+    const float* fixed = static_cast<const float*>(l.parts[kQkvFixed + weight]);
+    for (int64_t t = 0; t < l.tokens; ++t) own.scale[t] = round_row(x + t * k, k, fixed, &own.rows[t * k]);
+    x = own.rows.data();
+  }
+  TWINFER_PRODUCT.pack(x, l.tokens, k, l.narrow, room(own, l.tokens, k));
+}
+
+// norm(x), packed. x: [T, D].
+template <class T, class S>
+void pack_normed(const Layer& l, Own& own, const S* x, Part norm_weight, Weight weight) {
+  if (int64_t(own.rows.size()) < l.tokens * l.width) own.rows.resize(l.tokens * l.width);
+  for (int64_t t = 0; t < l.tokens; ++t)
+    norm(x + t * l.width, static_cast<const T*>(l.parts[norm_weight]), l.width, l.eps, l.offset,
+         &own.rows[t * l.width]);
+  pack_rows(l, own, own.rows.data(), l.width, weight);
+}
+
+// Columns [first, last) of the packed rows times `weight`, times its scales, plus its bias, rounded to T.
 template <class T>
-void multiply(const Layer& l, Own& own, Part weight, Part bias, int64_t k, int64_t first, int64_t last,
+void multiply(const Layer& l, Own& own, Weight weight, Part bias, int64_t k, int64_t first, int64_t last,
               float (*tile)[kTile]) {
-  Product p{room(own, l.tokens, k), l.parts[weight], tile[0], l.narrow, l.tokens, k, kTile};
+  Product p{room(own, l.tokens, k), l.parts[kWeightParts[weight]], tile[0], l.narrow, l.tokens, k, kTile,
+            l.codes[weight]};
   TWINFER_PRODUCT.multiply(p, first, last);
+  if (const float* scale = static_cast<const float*>(l.parts[kQkvScale + weight]))
+    for (int64_t t = 0; t < l.tokens; ++t) {
+      const float of_row = l.rounded[weight] ? own.scale[t] : 1.0f;
+      for (int64_t i = 0; i < last - first; ++i) tile[t][i] = tile[t][i] * of_row * scale[first + i];
+    }
   const T* added = static_cast<const T*>(l.parts[bias]);
   for (int64_t t = 0; t < l.tokens; ++t)
     for (int64_t i = 0; i < last - first; ++i)
@@ -78,7 +117,7 @@ void multiply(const Layer& l, Own& own, Part weight, Part bias, int64_t k, int64
 template <class T>
 void project(const Layer& l, Own& own, int64_t first, int64_t last) {
   const int64_t columns = (l.attention.heads + 2 * l.attention.kv_heads) * l.attention.head_size;
-  multiply<T>(l, own, kQkv, kQkvBias, l.width, first, last, own.tile);
+  multiply<T>(l, own, kOfQkv, kQkvBias, l.width, first, last, own.tile);
   for (int64_t t = 0; t < l.tokens; ++t)
     std::copy(own.tile[t], own.tile[t] + (last - first), l.mid + t * columns + first);
 }
@@ -150,8 +189,8 @@ inline Vec activated(Vec x, Activation activation) {
 template <class T>
 void feed(const Layer& l, Own& own, int64_t first, int64_t last) {
   const T* type = nullptr;
-  multiply<T>(l, own, kGateUp, kGateUpBias, l.width, first, last, own.tile);
-  multiply<T>(l, own, kGateUp, kGateUpBias, l.width, l.ffn + first, l.ffn + last, own.tile2);
+  multiply<T>(l, own, kOfGateUp, kGateUpBias, l.width, first, last, own.tile);
+  multiply<T>(l, own, kOfGateUp, kGateUpBias, l.width, l.ffn + first, l.ffn + last, own.tile2);
   for (int64_t t = 0; t < l.tokens; ++t) {
     float *gate = own.tile[t], *up = own.tile2[t], *to = l.hidden + t * l.ffn + first;
     for (int64_t i = 0; i < last - first; i += kLanes) store(gate + i, activated(load(gate + i), l.activation));
@@ -163,10 +202,10 @@ void feed(const Layer& l, Own& own, int64_t first, int64_t last) {
 template <class T>
 void prepare(const Layer& l, Own& own, Stage stage) {
   const int64_t mixed = l.attention.heads * l.attention.head_size;
-  if (stage == kProject) pack_normed<T>(l, own, static_cast<const T*>(l.x), kAttnNorm);
-  if (stage == kOut) TWINFER_PRODUCT.pack(l.attended, l.tokens, mixed, l.narrow, room(own, l.tokens, mixed));
-  if (stage == kFeed) pack_normed<T>(l, own, static_cast<const float*>(l.x1), kFfnNorm);
-  if (stage == kDownwards) TWINFER_PRODUCT.pack(l.hidden, l.tokens, l.ffn, l.narrow, room(own, l.tokens, l.ffn));
+  if (stage == kProject) pack_normed<T>(l, own, static_cast<const T*>(l.x), kAttnNorm, kOfQkv);
+  if (stage == kOut) pack_rows(l, own, l.attended, mixed, kOfO);
+  if (stage == kFeed) pack_normed<T>(l, own, static_cast<const float*>(l.x1), kFfnNorm, kOfGateUp);
+  if (stage == kDownwards) pack_rows(l, own, l.hidden, l.ffn, kOfDown);
 }
 
 template <class T>
@@ -183,14 +222,14 @@ void run(const Layer& l, Stage stage, int64_t first, int64_t last, bool fresh) {
         l.attention.cache_type == Type::kF32 ? place<T, float>(l, t) : place<T, uint16_t>(l, t);
       return;
     case kOut:
-      multiply<T>(l, own, kO, kOBias, l.attention.heads * l.attention.head_size, first, last, own.tile);
+      multiply<T>(l, own, kOfO, kOBias, l.attention.heads * l.attention.head_size, first, last, own.tile);
       return add(l, own, x, first, last, l.x1, none);
     case kAddMixed:
       for (int64_t t = first; t < last; ++t) add_normed(l, x, kPostAttnNorm, t, l.x1, none);
       return;
     case kFeed: return feed<T>(l, own, first, last);
     case kDownwards:
-      multiply<T>(l, own, kDown, kDownBias, l.ffn, first, last, own.tile);
+      multiply<T>(l, own, kOfDown, kDownBias, l.ffn, first, last, own.tile);
       return add(l, own, x1, first, last, nullptr, out);
     case kAddFed:
       for (int64_t t = first; t < last; ++t) add_normed(l, x1, kPostFfnNorm, t, nullptr, out);

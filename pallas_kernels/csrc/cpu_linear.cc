@@ -70,8 +70,10 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi:
   auto shared = std::make_shared<Shared>();
   Product& p = shared->product;
   bool narrow_x = false;
-  if (!type_of(x.element_type(), narrow_x) || !type_of(w.element_type(), p.narrow_w))
-    return ffi::Error::InvalidArgument("float32 or bfloat16 only");
+  p.codes = w.element_type() == ffi::DataType::S8;
+  if (!type_of(x.element_type(), narrow_x) || !(p.codes || type_of(w.element_type(), p.narrow_w)))
+    return ffi::Error::InvalidArgument("float32 or bfloat16 only, weights int8 as well");
+  if (p.codes) p.narrow_w = narrow_x;
   p.m = x_dims[0], p.k = x_dims[1], p.y_stride = shared->n = w_dims[0];
   p.w = w.untyped_data(), p.y = y->typed_data();
   static const ProductBuild& build = choose_product();
@@ -92,7 +94,7 @@ ffi::Error linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi:
   room += (64 - reinterpret_cast<uintptr_t>(room) % 64) % 64;
   build.pack(from, p.m, p.k, p.narrow_w, room);
   p.x = room;
-  const int64_t row_bytes = p.k * (p.narrow_w ? 2 : 4);
+  const int64_t row_bytes = p.k * (p.codes ? 1 : p.narrow_w ? 2 : 4);
   shared->piece = std::max<int64_t>(24, kPieceBytes / row_bytes / 24 * 24);  // whole blocks of 8, 6, 4 or 2 rows
   shared->pieces = (shared->n + shared->piece - 1) / shared->piece;
   if (shared->n * row_bytes * std::max<int64_t>(1, p.m / 4) > kInlineBytes) {

@@ -14,6 +14,7 @@ struct Product {
   float* y;
   bool narrow_w;  // bfloat16 as bits, else float32
   int64_t m, k, y_stride;
+  bool codes = false;  // w is int8, to be multiplied as what narrow_w says
 };
 
 // One build's functions. A packed x holds groups of rows, each as [K / step][rows of the group][step], padded with

@@ -12,6 +12,13 @@
 namespace twinfer {
 namespace {
 
+// A code that is multiplied as bfloat16, which holds it: in the order in which weights of bfloat16 are, so that sums are
+// theirs to the bit. Codes as int8_t are multiplied as float32 are.
+struct NarrowCode {
+  int8_t code;
+};
+inline float widen(NarrowCode x) { return x.code; }
+
 // One step of an accumulator along K: how many elements, the type that x is packed in, and the place of each element of
 // a step in the packed x. Weights of bfloat16 are the halves of 32-bit words: even elements are shifted up, odd ones
 // masked, so x has its even elements first.
@@ -40,6 +47,13 @@ struct Lane<uint16_t> {  // two products a lane in one instruction
     acc = (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)x, (__m512bh)w);
   }
 };
+template <>
+struct Lane<NarrowCode> : Lane<uint16_t> {
+  static inline Wide weight(const NarrowCode* w) {
+    const auto* codes = reinterpret_cast<const int8_t*>(w);
+    return (Wide)_mm512_cvtne2ps_pbh((__m512)load(codes + kLanes), (__m512)load(codes));
+  }
+};
 #else
 template <>
 struct Lane<uint16_t> {
@@ -57,6 +71,14 @@ struct Lane<uint16_t> {
   static inline void add(Vec& acc, const Wide& x, const Wide& w) {
     acc += x.even * w.even;
     acc += x.odd * w.odd;
+  }
+};
+template <>
+struct Lane<NarrowCode> : Lane<uint16_t> {
+  static inline Wide weight(const NarrowCode* w) {
+    typedef int16_t Pairs __attribute__((vector_size(kLanes * 2), aligned(1)));
+    const IVec pairs = __builtin_convertvector(*reinterpret_cast<const Pairs*>(w), IVec);
+    return {__builtin_convertvector(pairs << 24 >> 24, Vec), __builtin_convertvector(pairs >> 8, Vec)};
   }
 };
 #endif
@@ -87,7 +109,7 @@ inline void block(const typename Lane<W>::X* x, const W* w, const W* next, float
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       weights[r] = L::weight(w + r * k + i);
-      __builtin_prefetch(next + r * k + i, 0, 2);
+      if (sizeof(W) > 1 || i % 64 == 0) __builtin_prefetch(next + r * k + i, 0, 2);  // codes: 64 a line
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
@@ -170,7 +192,8 @@ void pack_either(const float* x, int64_t m, int64_t k, bool narrow_w, void* pack
   narrow_w ? pack<uint16_t>(x, m, k, packed) : pack<float>(x, m, k, packed);
 }
 void multiply_either(const Product& p, int64_t first, int64_t last) {
-  p.narrow_w ? multiply<uint16_t>(p, first, last) : multiply<float>(p, first, last);
+  if (p.codes) p.narrow_w ? multiply<NarrowCode>(p, first, last) : multiply<int8_t>(p, first, last);
+  else p.narrow_w ? multiply<uint16_t>(p, first, last) : multiply<float>(p, first, last);
 }
 
 }  // namespace

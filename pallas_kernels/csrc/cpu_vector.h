@@ -15,6 +15,7 @@ namespace {
 constexpr int kLanes = TWINFER_LANES;
 typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4)));
 typedef int32_t IVec __attribute__((vector_size(kLanes * 4), aligned(4)));
+typedef int8_t BVec __attribute__((vector_size(kLanes), aligned(1)));
 typedef uint16_t HVec __attribute__((vector_size(kLanes * 2), aligned(2)));
 typedef uint32_t UVec __attribute__((vector_size(kLanes * 4), aligned(4)));
 
@@ -26,7 +27,11 @@ inline Vec load(const uint16_t* p) {  // bfloat16 bits are the upper half of flo
   UVec wide = __builtin_convertvector(*reinterpret_cast<const HVec*>(p), UVec) << 16;
   return reinterpret_cast<Vec&>(wide);
 }
+inline Vec load(const int8_t* p) {  // by way of int32: one instruction each
+  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const BVec*>(p), IVec), Vec);
+}
 inline float widen(float x) { return x; }
+inline float widen(int8_t x) { return x; }
 inline float widen(uint16_t x) {
   uint32_t bits = uint32_t(x) << 16;
   float out;

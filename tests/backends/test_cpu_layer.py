@@ -110,11 +110,37 @@ def make_work(rows: list[tuple[int, int]], padding: int) -> tuple[dispatch.Work,
     return work, tokens, pages
 
 
+def keep_codes(params: dict[str, jax.Array], names: tuple[str, ...], form: str) -> dict[str, jax.Array]:
+    """The same with some weights as int8. form: "scale", "int8", or "fixed": "int8" with fixed scales of inputs."""
+    kept = dict(params)
+    for name in names:
+        weight = np.asarray(params[name], np.float32)
+        scale = np.abs(weight).max(1) / 127
+        kept[name] = jnp.asarray(np.round(weight / scale[:, None]), jnp.int8)
+        kept[name + ("_scale" if form == "scale" else "_int8")] = jnp.asarray(scale)
+        if form == "fixed":
+            kept[name + "_act_scale"] = jnp.full((1,), 0.01, jnp.float32)  # some inputs saturate
+    return kept
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("name", CASES)
 def test_equals_separate_operations(name: str, step: str, dtype: str) -> None:
+    compare(CASES[name], step, dtype, make_params(CASES[name], dtype))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("step", ["one", "eight", "sixteen", "ragged"])
+@pytest.mark.parametrize("form", ["scale", "int8", "fixed"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "large enough for helpers"])
+def test_codes(name: str, form: str, step: str, dtype: str) -> None:
     case = CASES[name]
+    names = ("qkv", "gate_up", "down") if name == "llama" else ("qkv", "o", "gate_up", "down")  # or one is plain
+    compare(case, step, dtype, keep_codes(make_params(case, dtype), names, form))
+
+
+def compare(case: Case, step: str, dtype: str, params: dict[str, jax.Array]) -> None:
     mixer = case.spec.mixer
     if not dispatch.has_whole_layers(dispatch.choose_kernel("cpu", mixer.head_size), 1, mixer.head_size, dtype):
         pytest.fail("the prebuilt library does not load on this machine")
@@ -127,7 +153,6 @@ def test_equals_separate_operations(name: str, step: str, dtype: str) -> None:
         cache = jax.lax.bitcast_convert_type(cache, jnp.uint16)
     angles = jnp.asarray(rng.uniform(0, 6, (tokens, case.rotary // 2)), jnp.float32)
     turn = (jnp.cos(angles), jnp.sin(angles)) if case.rotary else (None, None)
-    params = make_params(case, dtype)
 
     def run(kind: type[Layer]) -> tuple[np.ndarray, np.ndarray]:
         layer = jax.jit(lambda x, cache: kind(case.spec, params)(x, *turn, cache, LAYER, work))

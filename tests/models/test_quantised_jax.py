@@ -224,3 +224,35 @@ def test_nibbles_that_a_tpu_does_not_take(tmp_path: Path) -> None:
     folder = write_compressed(tmp_path / "narrow", INT4_ROWS)
     with pytest.raises(ConfigError, match=r"layers.0.k: \[64, 128\] in 4 bits is no whole blocks.*--backend torch"):
         our_params(folder, "tpu")
+
+
+@pytest.mark.parametrize("act", ["none", "token"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_int8_on_a_cpu(act: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """int8 weights stay codes of a byte, and one row, eight, sixteen and a prompt of 70 give the wide form's tokens."""
+    spec = quantised("int8")
+    assert spec.quant is not None
+    ((patterns, quant),) = spec.quant.rules
+    spec = replace(spec, quant=replace(spec.quant, rules=((patterns, replace(quant, act=act)),)))
+
+    def run() -> tuple[list[list[int]], dict[str, Any]]:
+        d = Driver(Runner(), spec, dtype=dtype, seed=3)
+        found = []
+        for lengths in ((37,), (20, 5, 70, 3, 17, 9, 2, 30)):
+            seqs = [d.new(d.prompt(length)) for length in lengths]
+            d.generate(seqs, 6)
+            found += [seq.outputs for seq in seqs]
+            for seq in seqs:
+                d.close(seq)
+        return found, d.runner._params
+
+    tokens, params = run()
+    with monkeypatch.context() as patch:
+        patch.setattr(quant_weights, "keeps_codes", lambda platform, scheme: False)
+        wide_tokens, wide = run()
+    assert tokens == wide_tokens
+    for layer, other in zip(params["layers"], wide["layers"], strict=True):
+        for part in ("qkv", "o", "gate_up", "down"):
+            assert layer[part].dtype == jnp.int8 and other[part].dtype == dtype
+            assert layer[part].nbytes * other[part].dtype.itemsize == other[part].nbytes
+            np.testing.assert_array_equal(np.asarray(layer[part], np.float32), np.asarray(other[part], np.float32))
