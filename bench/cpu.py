@@ -4,7 +4,9 @@
                         [--llama-python PATH]
 
 With the python of an environment that has llama_cpp (llama-cpp-python and gguf) llama.cpp is a side too: float32 beside
-its f32, bfloat16 beside its f16 and bf16 (llama32m alone; see bench/llama_cpp_side.py).
+its f32, bfloat16 beside its f16 and bf16 (llama32m alone; see bench/llama_cpp_side.py). --dtypes int8: the jax side
+reads every linear weight, the head too, as int8 with a scale a row, inputs rounded per token, float32 between; beside
+llama.cpp's Q8_0. transformers then runs the plain float32 weights.
 
 Each side is a process of its own that is stopped (SIGSTOP) while another is timed, so that spinning threads of one do
 not slow the other; turns are interleaved and the best of all rounds counts. transformers runs under OMP_WAIT_POLICY
@@ -42,6 +44,34 @@ def write_llama32m(folder: Path) -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def write_int8(plain: Path, folder: Path) -> None:
+    """The Llama of `plain` with a scale a row, as compressed-tensors lays it out."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = {}
+    for name, tensor in load_file(plain / "model.safetensors").items():
+        if tensor.ndim == 1 or "embed_tokens" in name:
+            tensors[name] = tensor
+            continue
+        scale = tensor.abs().amax(1, keepdim=True) / 127
+        tensors[name] = torch.round(tensor / scale).to(torch.int8)
+        tensors[name + "_scale"] = scale
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    bits = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"], "weights": {**bits, "strategy": "channel"},
+        "input_activations": {**bits, "strategy": "token", "dynamic": True},
+    }  # fmt: skip
+    config = json.loads((plain / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors", "format": "int-quantized", "quantization_status": "compressed",
+        "config_groups": {"group_0": group}, "ignore": [],
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 # transformers
@@ -163,7 +193,11 @@ class Side:
         self.process.wait()
 
 
-PEERS = {"float32": ["llama.cpp f32"], "bfloat16": ["llama.cpp f16", "llama.cpp bf16"]}
+PEERS = {
+    "float32": ["llama.cpp f32"],
+    "bfloat16": ["llama.cpp f16", "llama.cpp bf16"],
+    "int8": ["llama.cpp q8_0"],
+}
 
 
 def compare(path: Path, dtype: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -173,9 +207,14 @@ def compare(path: Path, dtype: str, args: argparse.Namespace) -> dict[str, dict[
     tasks: list[tuple[str, dict[str, int]]] = [(f"decode x{n}", {"decode": n}) for n in streams]
     tasks.append((f"prefill {PREFILL}", {"prefill": 1}))
     running: list[Side] = []
+    activations = "float32" if dtype == "int8" else dtype
+    ours = path.with_name(path.name + "-int8") if dtype == "int8" else path
+    if dtype == "int8" and not ours.exists():
+        write_int8(path, ours)
     try:
         for name in [*args.sides, "hf-default", "hf-active", *peers]:
-            running.append(Side(name, path, dtype, args.llama_python))
+            folder = ours if name in args.sides else path
+            running.append(Side(name, folder, activations, args.llama_python))
         best: dict[str, dict[str, float]] = {name: {} for name, _ in tasks}
         for _ in range(rounds + 1):  # the first round warms up, and counts if it is the best
             for name, task in tasks:
@@ -216,6 +255,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--llama-python", default="", help="python of an environment that has llama_cpp and gguf")
     args = parser.parse_args()
+    if "int8" in args.dtypes and args.models != ["llama32m"]:
+        parser.error("--dtypes int8 rounds the weights of llama32m; give --models llama32m")
     with tempfile.TemporaryDirectory() as scratch:
         for model in args.models:
             path = DEFAULT_MODEL if model == "default" else Path(model)

@@ -1,6 +1,6 @@
 """llama.cpp's side of bench/cpu.py: run by the python of an environment that has llama_cpp, gguf and numpy.
 
-PYTHON -m bench.llama_cpp_side FOLDER f32|f16|bf16
+PYTHON -m bench.llama_cpp_side FOLDER f32|f16|bf16|q8_0
 
 Writes the Llama checkpoint of FOLDER (float32) as GGUF, loads it, then answers {"decode": streams}, {"prefill": 1} with
 tokens a second, and {"tokens": n} with the greedy tokens of one prompt. Streams are sequences of one batch, as its
@@ -63,7 +63,7 @@ def write_gguf(folder: Path, kind: str, target: Path) -> None:
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
     types = gguf.GGMLQuantizationType
-    wanted = {"f32": types.F32, "f16": types.F16, "bf16": types.BF16}[kind]
+    wanted = {"f32": types.F32, "f16": types.F16, "bf16": types.BF16, "q8_0": types.Q8_0}[kind]
     for name, numbers in tensors(folder).items():
         stem = name.removesuffix(".weight")
         if stem.startswith("model.layers."):

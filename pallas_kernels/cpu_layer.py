@@ -89,7 +89,7 @@ def decoder_layer(
 ) -> tuple[Array, Array]:
     """x: [T, D]; cos, sin: f32 [T, R / 2] -> ([T, D], cache).
 
-    parts: those of PARTS that the layer has, of x's dtype; a weight may be int8, its SCALES (or names with ROUNDED) beside it.
+    parts: those of PARTS that the layer has, of x's dtype; a weight may be int8, its scale beside it.
     """
     tokens, width = x.shape
     kv_heads, head_size, ffn = cache.shape[3], cache.shape[5], parts["down"].shape[1]

@@ -3,8 +3,9 @@
 A weight "qkv" that is kept as codes has its scales beside it, and their name says what its inputs are rounded to:
 "qkv_int8", "qkv_e4m3", "qkv_blocks" (e4m3, a scale for 128), or "qkv_scale": not at all; "qkv_act_scale" is the fixed
 scale of the inputs. Of 4 bits "qkv" is packed as the TPU's kernel takes it, "qkv_w4" the scales of groups of 128 and
-"qkv_w4_zeros" their zeros. On a TPU codes stay int8, e4m3 and 4 bits, on a CPU int8. Others are kept in the activations' type,
-which holds them exactly, and blocks and weights of 4 bits are turned back when they are loaded. Called by weights.py.
+"qkv_w4_zeros" their zeros. On a TPU codes stay int8, e4m3 and 4 bits, on a CPU int8. Others are kept
+in the activations' type, which holds them exactly, and blocks and weights of 4 bits are turned back when they are
+loaded. Called by weights.py.
 Letters: O out · I in · G groups of inputs.
 """
 

@@ -76,9 +76,10 @@ struct Lane<uint16_t> {
 template <>
 struct Lane<NarrowCode> : Lane<uint16_t> {
   static inline Wide weight(const NarrowCode* w) {
-    typedef int16_t Pairs __attribute__((vector_size(kLanes * 2), aligned(1)));
-    const IVec pairs = __builtin_convertvector(*reinterpret_cast<const Pairs*>(w), IVec);
-    return {__builtin_convertvector(pairs << 24 >> 24, Vec), __builtin_convertvector(pairs >> 8, Vec)};
+    HVec bits;
+    std::memcpy(&bits, w, sizeof(bits));
+    const IVec pairs = (IVec)__builtin_convertvector(bits, UVec);
+    return {__builtin_convertvector(pairs << 24 >> 24, Vec), __builtin_convertvector(pairs << 16 >> 24, Vec)};
   }
 };
 #endif

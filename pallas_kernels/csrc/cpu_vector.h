@@ -5,9 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __AVX512F__
 #include <immintrin.h>
-#endif
 
 namespace twinfer {
 namespace {
@@ -15,7 +13,6 @@ namespace {
 constexpr int kLanes = TWINFER_LANES;
 typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4)));
 typedef int32_t IVec __attribute__((vector_size(kLanes * 4), aligned(4)));
-typedef int8_t BVec __attribute__((vector_size(kLanes), aligned(1)));
 typedef uint16_t HVec __attribute__((vector_size(kLanes * 2), aligned(2)));
 typedef uint32_t UVec __attribute__((vector_size(kLanes * 4), aligned(4)));
 
@@ -27,8 +24,21 @@ inline Vec load(const uint16_t* p) {  // bfloat16 bits are the upper half of flo
   UVec wide = __builtin_convertvector(*reinterpret_cast<const HVec*>(p), UVec) << 16;
   return reinterpret_cast<Vec&>(wide);
 }
-inline Vec load(const int8_t* p) {  // by way of int32: one instruction each
-  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const BVec*>(p), IVec), Vec);
+inline Vec load(const int8_t* p) {  // g++ 12 makes scalar code of __builtin_convertvector from bytes
+#if TWINFER_LANES == 16 && defined(__AVX512F__)
+  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif TWINFER_LANES == 8 && defined(__AVX2__)
+  return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  int32_t four;
+  Vec out{};
+  for (int i = 0; i < kLanes; i += 4) {
+    std::memcpy(&four, p + i, 4);
+    const __m128 wide = _mm_cvtepi32_ps(_mm_cvtepi8_epi32(_mm_cvtsi32_si128(four)));
+    std::memcpy(reinterpret_cast<float*>(&out) + i, &wide, 16);
+  }
+  return out;
+#endif
 }
 inline float widen(float x) { return x; }
 inline float widen(int8_t x) { return x; }
